@@ -29,7 +29,8 @@ class Feature(str, Enum):
 
     FLAGS = "flags"  # command-line flags, always installed
     CPU = "cpu"  # serving on a CPU without AMX, installed where torch sees no GPU
-    LLM42 = "llm42"  # deterministic requests, installed by --enable-llm42
+    LLM42 = "llm42"  # deterministic requests in the scheduler, installed by --enable-llm42
+    LLM42_SERVER = "llm42_server"  # the same in the HTTP server's or engine's own process
     TOKENWEAVE = "tokenweave"  # communication overlap, installed by --enable-tokenweave
 
 
