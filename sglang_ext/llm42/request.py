@@ -45,6 +45,8 @@ class DeterministicRequest:
         lane: positions in the canonical lane while the request holds memory, else None.
         verdicts: tokens decided by passes but not yet committed to the request's output.
         stashed_finish: finish reason and length found while committing token by token, until SGLang asks.
+        committing: whether tokens are being checked right now.
+        insert_prompt: whether the prompt's canonical KV is complete but not yet in the radix cache.
     """
 
     seed: int
@@ -53,7 +55,8 @@ class DeterministicRequest:
     lane: LaneRequest | None = None
     verdicts: deque[Verdict] = field(default_factory=deque)
     stashed_finish: tuple[Any, int | None] | None = None
-    prompt_cached: bool = False
+    committing: bool = False
+    insert_prompt: bool = False
 
     def admit(self, req: Req) -> LaneRequest:
         """Enter the lane: memory for all known tokens is allocated, canonical KV stands for the cached prefix."""
@@ -63,7 +66,6 @@ class DeterministicRequest:
             max_end=len(req.origin_input_ids) + req.sampling_params.max_new_tokens,
             canonical_end=cached,
         )
-        self.prompt_cached = False
         return self.lane
 
     def leave(self) -> None:
@@ -71,7 +73,7 @@ class DeterministicRequest:
         it will be decided again, alike, should the request return."""
         self.lane = None
         self.verdicts.clear()
-        self.stashed_finish = None
+        self.insert_prompt = False
 
 
 def of(req: Req) -> DeterministicRequest | None:

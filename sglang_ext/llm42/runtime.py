@@ -180,7 +180,7 @@ class Runtime:
             result = decode()
             self.statistics.decode_steps += 1
         else:
-            result = _empty_result(len(step.reqs), batch)
+            result = empty_result(len(step.reqs), batch)
         result.llm42 = step
         return result
 
@@ -234,7 +234,7 @@ class Runtime:
         owned = [(segment, self._requests[segment.request]) for segment in segments]
         logits = self._pass.run([self._pass_segment(*item) for item in owned], self._table)
         self._launched.append(self._judge(owned, logits))
-        self.statistics.count_pass(segments)
+        self.statistics.count_pass(segments, self.config.lane.rows)
 
     def _pass_segment(self, segment: Segment, req: Req) -> PassSegment:
         known = segment.kind is SegmentKind.PROMPT
@@ -313,7 +313,7 @@ def _deciding_rows(segment: Segment) -> range:
     return range(segment.rows - 1, segment.rows) if segment.finishes_prompt else range(0)
 
 
-def _empty_result(rows: int, batch: ScheduleBatch) -> GenerationBatchResult:
+def empty_result(rows: int, batch: ScheduleBatch) -> GenerationBatchResult:
     """The result of a step in which no row decodes."""
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.managers.utils import GenerationBatchResult
