@@ -38,7 +38,7 @@ class HookError(RuntimeError):
 
 
 #: Every row of every feature.
-HOOKS: tuple[Hook, ...] = (*CPU_HOOKS,)
+HOOKS: tuple[Hook, ...] = (*CPU_HOOKS, *LLM42_HOOKS)
 
 
 def sglang_version() -> str | None:

@@ -200,6 +200,8 @@ class LanePolicy:
 
     def __init__(self, config: LaneConfig) -> None:
         self.config = config
+        # Who gets the larger half of an odd number of segments; it alternates, or G = 1 would starve one.
+        self._prompts_round_up = True
 
     def update_due(self, requests: Iterable[LaneRequest], step: int) -> None:
         """Note from which ``step`` on each request is due."""
@@ -225,7 +227,9 @@ class LanePolicy:
             return []
         budget = self.config.verify_batch_size
         wanted_prompt = sum(self._prompt_segments(r) for r in prompts)
-        prompt_budget = _share(budget, wanted_prompt, len(due))
+        prompt_budget = _share(budget, wanted_prompt, len(due), self._prompts_round_up)
+        if wanted_prompt and due:
+            self._prompts_round_up = not self._prompts_round_up
         segments = self._take_prompts(sorted(prompts, key=_due_order), prompt_budget)
         early = sorted(
             (r for r in requests if self._verifiable(r) and not self._verify_due(r)),
@@ -283,9 +287,10 @@ def _due_order(request: LaneRequest) -> int:
     return request.due_since if request.due_since is not None else 0
 
 
-def _share(budget: int, first: int, second: int) -> int:
+def _share(budget: int, first: int, second: int, round_up: bool) -> int:
     """Segments for the first of two kinds that want ``first`` and ``second``: half, and what is left over."""
-    return min(first, max(budget - second, (budget + 1) // 2))
+    half = (budget + 1) // 2 if round_up else budget // 2
+    return min(first, max(budget - second, half))
 
 
 def leading_matches(candidates: Sequence[int], judged: Sequence[int]) -> int:
