@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any
 from sglang_ext.llm42.commit_log import CommitLog
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.lane import LaneRequest
+from sglang_ext.llm42.sampling import DEFAULT_SEED
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-#: Seed of a request that names none.
-DEFAULT_SEED = 42
 
 
 @dataclass(frozen=True)

@@ -295,15 +295,14 @@ class Runtime:
 
 def sampling_rows(reqs: Sequence[Req], device: Any) -> sampling.SamplingRows:
     """Sampling parameters of one row per entry of ``reqs`` (a request may stand there several times)."""
-    params = [req.sampling_params for req in reqs]
-    return sampling.SamplingRows.from_lists(
-        temperatures=[p.temperature for p in params],
-        top_ks=[p.top_k for p in params],
-        top_ps=[p.top_p for p in params],
-        min_ps=[p.min_p for p in params],
-        seeds=[deterministic.of(req).seed for req in reqs],  # type: ignore[union-attr]
-        device=device,
-    )
+    return sampling.SamplingRows.from_params([_row_params(req) for req in reqs], device)
+
+
+def _row_params(req: Req) -> sampling.RowParams:
+    state = deterministic.of(req)
+    assert state is not None
+    params = req.sampling_params
+    return sampling.RowParams(params.temperature, params.top_k, params.top_p, params.min_p, state.seed)
 
 
 def _deciding_rows(segment: Segment) -> range:
