@@ -20,7 +20,7 @@ DEFAULT_TILE = 64
 
 
 class _Shape(NamedTuple):
-    """Sizes of one call: a batch of ``products``, one per segment and key head, of ``product_rows`` queries."""
+    """Sizes of a call: one product per segment and key head, each of ``product_rows`` queries."""
 
     segments: int
     rows: int
@@ -101,7 +101,7 @@ def _shape_of(
     kv_heads, value_size = v_cache.shape[1:]
     if k_cache.shape[1:] != (kv_heads, key_size) or heads % kv_heads:
         raise ValueError(
-            f"queries {tuple(q.shape)} do not fit keys {tuple(k_cache.shape)} and values {tuple(v_cache.shape)}"
+            f"queries {tuple(q.shape)}, keys {tuple(k_cache.shape)}, values {tuple(v_cache.shape)} do not fit"
         )
     if slots.shape[0] != segments or start.shape != (segments,):
         raise ValueError(

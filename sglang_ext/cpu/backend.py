@@ -31,7 +31,7 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
             raise ValueError(f"a canonical pass needs segments and rows, got {segments} and {rows}")
         if self.use_sliding_window_kv_pool or getattr(self.token_to_kv_pool, "use_hnd", False):
             raise ValueError(
-                "canonical attention on CPU reads a plain KV pool (no sliding window, token-major layout), not "
+                "canonical attention on CPU reads a plain KV pool (no window, token-major layout), not "
                 f"{type(self.token_to_kv_pool).__name__}"
             )
         self.segments = segments
