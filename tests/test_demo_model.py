@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,13 @@ class TestFolder:
     def test_is_made_by_one_of_several_at_once(self, tmp_path: Path) -> None:
         write, start = Writer(), threading.Barrier(4)
 
+        def write_slowly(target: Path, say: Say) -> None:
+            write(target, say)
+            time.sleep(0.2)
+
         def worker() -> None:
             start.wait()
-            make(tmp_path / "model", write)
+            make(tmp_path / "model", write_slowly)
 
         threads = [threading.Thread(target=worker) for _ in range(4)]
         for thread in threads:
