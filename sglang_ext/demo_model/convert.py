@@ -7,6 +7,7 @@ decoder. Hence :func:`write_tokenizer`, which follows the file's own metadata.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,20 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], types: list[int]) -> A
 
 
 def write_model(gguf: Path, target: Path) -> None:
-    """Write config, generation config and bf16 safetensors of ``gguf`` to the folder ``target``."""
+    """Write config, generation config and bf16 safetensors of ``gguf`` to the folder ``target``.
+
+    Raises:
+        OSError: with ``errno.ENOSPC``, when the disk is full.
+    """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     vars(model.config).pop("_model_name_or_path", None)  # the name of a training run
-    model.save_pretrained(target)
+    try:
+        model.save_pretrained(target)
+    except SafetensorError as error:  # which carries the error number in its text only
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise

@@ -22,8 +22,8 @@ MANIFEST = "sglang_ext_manifest.json"
 LOCK_TIMEOUT_S = 300
 
 
-class FolderError(RuntimeError):
-    """The folder cannot be made; the message says why and what to do."""
+class FolderError(OSError):
+    """The folder cannot be made; the message says why and what to do. No error number is set."""
 
 
 @dataclass(frozen=True)

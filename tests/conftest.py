@@ -1,0 +1,42 @@
+"""Fixtures that every layer of tests shares, and the rules that skip what this machine cannot run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from models import write_tiny_llama
+
+from sglang_ext import demo_model
+
+#: GPUs that a test of each marker needs.
+GPUS_NEEDED = {"gpu": 1, "multigpu": 2}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu or multigpu where there are too few GPUs, saying how many there are."""
+    needing = [(item, need) for item in items if (need := _gpus_needed(item))]
+    if not needing:
+        return
+    import torch
+
+    present = torch.cuda.device_count()
+    for item, need in needing:
+        if present < need:
+            item.add_marker(pytest.mark.skip(reason=f"needs {need} CUDA GPU(s), this machine has {present}"))
+
+
+def _gpus_needed(item: pytest.Item) -> int:
+    return max((need for marker, need in GPUS_NEEDED.items() if item.get_closest_marker(marker)), default=0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the demo model, made in the user's cache on first use (about half a minute)."""
+    return demo_model.build()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama without tokenizer: 2 layers, hidden size 64, vocabulary 512, good for TP=2."""
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))

@@ -1,0 +1,52 @@
+"""Models for tests: tiny Llamas with random weights, made in a second and small enough for any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_tiny_llama(
+    folder: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    intermediate: int = 128,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = 512,
+    max_positions: int = 1024,
+    seed: int = 0,
+) -> Path:
+    """Write a random bf16 Llama without tokenizer to ``folder`` and return it.
+
+    Token ids go in and come out (``skip_tokenizer_init``, ``input_ids``). ``heads`` and ``kv_heads`` that
+    TP=2 divides are the default. The initializer is 25 times wider than Llama's, which would make all
+    logits nearly equal and greedy decoding repeat one token.
+
+    Args:
+        folder: made if absent.
+        layers, hidden, intermediate, heads, kv_heads, vocab, max_positions: Llama's dimensions.
+        seed: of the weights; equal arguments give equal weights.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        max_position_embeddings=max_positions,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        dtype="bfloat16",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
