@@ -74,7 +74,7 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
             layer.logit_cap,
             self.tile,
         )
-        return output.view(self.segments * self.rows, layer.tp_q_head_num * layer.v_head_dim)
+        return output.reshape(self.segments * self.rows, layer.tp_q_head_num * layer.v_head_dim)
 
     def _check(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> None:
         if forward_batch.batch_size != self.segments or q.shape[0] != self.segments * self.rows:
