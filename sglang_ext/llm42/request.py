@@ -14,6 +14,8 @@ from sglang_ext.llm42.sampling import DEFAULT_SEED
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_ext.llm42.logprobs import TokenLogprobs
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -24,12 +26,14 @@ class Verdict:
         matched: how many of them are candidates that agreed.
         candidates: candidates outstanding when the pass was applied.
         ends_prefill: whether the (single) token follows the prompt rather than a window.
+        logprobs: one entry per token if the request asked for log-probabilities, else empty.
     """
 
     tokens: tuple[int, ...]
     matched: int
     candidates: int
     ends_prefill: bool
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(eq=False)
@@ -45,6 +49,8 @@ class DeterministicRequest:
         stashed_finish: finish reason and length found while committing token by token, until SGLang asks.
         committing: whether tokens are being checked right now.
         insert_prompt: whether the prompt's canonical KV is complete but not yet in the radix cache.
+        prompt_logprobs: log-probabilities of prompt tokens found so far, in order of position.
+        output_logprobs: those of committed output tokens that SGLang has not taken over yet.
     """
 
     seed: int
@@ -55,10 +61,13 @@ class DeterministicRequest:
     stashed_finish: tuple[Any, int | None] | None = None
     committing: bool = False
     insert_prompt: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def admit(self, req: Req) -> LaneRequest:
-        """Enter the lane: memory for all known tokens is allocated, canonical KV stands for the cached prefix."""
+        """Enter the lane: all known tokens have memory, the cached prefix has canonical KV in it."""
         cached = len(req.prefix_indices)
+        self.prompt_logprobs.clear()
         self.lane = LaneRequest(
             known_end=len(req.full_untruncated_fill_ids),
             max_end=len(req.origin_input_ids) + req.sampling_params.max_new_tokens,

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_ext.llm42 import logprobs, sampling
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42 import sampling
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
 from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
@@ -69,12 +69,16 @@ class LaunchedPass:
         offsets: first index of each segment in ``judged``; None where a segment decides nothing.
         judged: canonical token of every deciding row, shape ``[n]``.
         candidates: the candidate that each of these rows judges (0 for prompts), shape ``[n]``.
+        output_logits: logits of deciding rows by index, where log-probabilities are wanted.
+        prompt_logits: logits of prompt rows by position and segment number, likewise.
     """
 
     segments: list[tuple[Segment, Req]]
     offsets: list[int | None]
     judged: torch.Tensor
     candidates: torch.Tensor
+    output_logits: dict[int, torch.Tensor]
+    prompt_logits: list[tuple[int, int, torch.Tensor]]
 
 
 class Runtime:
@@ -86,9 +90,7 @@ class Runtime:
         attention: factory of the row-invariant attention backend for the canonical pass.
     """
 
-    def __init__(
-        self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory
-    ) -> None:
+    def __init__(self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory) -> None:
         lane = config.lane
         self.config = config
         self.device = model_runner.device
@@ -256,14 +258,24 @@ class Runtime:
             positions += [segment.start + row + 1 for row in rows]
             pools += [req.req_pool_idx] * len(rows)
             reqs += [req] * len(rows)
+        output_logits = {
+            i: logits[where].clone() for i, where in enumerate(index) if logprobs.wants_output(reqs[i])
+        }
+        prompt_logits = [
+            (g, segment.start + row, logits[g, row].clone())
+            for g, (segment, req) in enumerate(owned)
+            for row in logprobs.prompt_rows(segment, req)
+        ]
         where = torch.tensor(index, dtype=torch.int64, device=self.device).reshape(-1, 2)
         position = torch.tensor(positions, dtype=torch.int64, device=self.device)
         judged = sampling.sample(logits[where[:, 0], where[:, 1]], sampling_rows(reqs, self.device), position)
         pool = torch.tensor(pools, dtype=torch.int64, device=self.device)
-        return LaunchedPass(owned, offsets, judged, self._table.read(pool, position))
+        drafted = self._table.read(pool, position)
+        return LaunchedPass(owned, offsets, judged, drafted, output_logits, prompt_logits)
 
     def _apply(self, launched: LaunchedPass) -> None:
         judged, candidates = launched.judged.tolist(), launched.candidates.tolist()
+        self._note_prompt_logprobs(launched)
         corrected: list[tuple[int, int, int]] = []
         for (segment, req), offset in zip(launched.segments, launched.offsets, strict=True):
             lane = segment.request
@@ -273,7 +285,8 @@ class Runtime:
             if segment.kind is SegmentKind.PROMPT:
                 if lane.prompt_done(segment.rows):
                     assert offset is not None
-                    state.verdicts.append(Verdict((judged[offset],), 0, 0, ends_prefill=True))
+                    entries = _output_logprobs(launched, req, offset, judged[offset : offset + 1])
+                    state.verdicts.append(Verdict((judged[offset],), 0, 0, True, entries))
                     corrected.append((req.req_pool_idx, lane.known_end, judged[offset]))
                 continue
             assert offset is not None
@@ -282,7 +295,8 @@ class Runtime:
             outstanding = lane.pending
             committed = lane.verify_done(segment.rows, matched)
             tokens = tuple(judged[window][:committed])
-            verdict = Verdict(tokens, matched, outstanding, ends_prefill=False)
+            entries = _output_logprobs(launched, req, offset, tokens)
+            verdict = Verdict(tokens, matched, outstanding, False, entries)
             state.verdicts.append(verdict)
             self.statistics.count_verdict(verdict)
             if matched < segment.rows:
@@ -291,6 +305,26 @@ class Runtime:
         if corrected:
             pool, position, token = torch.tensor(corrected, device=self.device).T
             self._table.write(pool, position, token)
+
+    def _note_prompt_logprobs(self, launched: LaunchedPass) -> None:
+        for g, position, logits in launched.prompt_logits:
+            segment, req = launched.segments[g]
+            state = deterministic.of(req)
+            if state is not None and state.lane is segment.request:
+                token = req.origin_input_ids[position + 1]
+                state.prompt_logprobs.append(logprobs.of_prompt_row(logits, token, req))
+
+
+def _output_logprobs(
+    launched: LaunchedPass, req: Req, offset: int, tokens: Sequence[int]
+) -> tuple[logprobs.TokenLogprobs, ...]:
+    """Log-probabilities of ``tokens``, decided by the rows from ``offset`` on; empty if not wanted."""
+    if not logprobs.wants_output(req):
+        return ()
+    return tuple(
+        logprobs.of_output_row(launched.output_logits[offset + i], token, req)
+        for i, token in enumerate(tokens)
+    )
 
 
 def sampling_rows(reqs: Sequence[Req], device: Any) -> sampling.SamplingRows:
@@ -317,7 +351,11 @@ def empty_result(rows: int, batch: ScheduleBatch) -> GenerationBatchResult:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.managers.utils import GenerationBatchResult
 
+    logits_output = LogitsProcessorOutput(next_token_logits=None)
+    if batch.return_logprob:
+        # SGLang converts these for every row; marked rows take theirs from canonical logits.
+        logits_output.next_token_logprobs = torch.zeros(rows, device=batch.device)
     return GenerationBatchResult(
-        logits_output=LogitsProcessorOutput(next_token_logits=None),
+        logits_output=logits_output,
         next_token_ids=torch.zeros(rows, dtype=torch.int64, device=batch.device),
     )
