@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_ext.llm42 import logprobs, sampling
+from sglang_ext.llm42 import logit_processing, logprobs, sampling
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
 from sglang_ext.llm42.config import Llm42Config
@@ -203,6 +203,7 @@ class Runtime:
         logits = logits_output.next_token_logits[rows].clone()
         token_ids = sample_batch()
         reqs = [step.reqs[row] for row in step.drafting]
+        logits = self._process(logits, reqs, [self._pending(req) for req in reqs])
         positions = torch.tensor([step.positions[row] + 1 for row in step.drafting], device=self.device)
         drafted = sampling.sample(logits, sampling_rows(reqs, self.device), positions)
         pool = torch.tensor([req.req_pool_idx for req in reqs], device=self.device)
@@ -258,9 +259,6 @@ class Runtime:
             positions += [segment.start + row + 1 for row in rows]
             pools += [req.req_pool_idx] * len(rows)
             reqs += [req] * len(rows)
-        output_logits = {
-            i: logits[where].clone() for i, where in enumerate(index) if logprobs.wants_output(reqs[i])
-        }
         prompt_logits = [
             (g, segment.start + row, logits[g, row].clone())
             for g, (segment, req) in enumerate(owned)
@@ -268,10 +266,44 @@ class Runtime:
         ]
         where = torch.tensor(index, dtype=torch.int64, device=self.device).reshape(-1, 2)
         position = torch.tensor(positions, dtype=torch.int64, device=self.device)
-        judged = sampling.sample(logits[where[:, 0], where[:, 1]], sampling_rows(reqs, self.device), position)
         pool = torch.tensor(pools, dtype=torch.int64, device=self.device)
+        earlier = [row if owned[g][0].kind is SegmentKind.VERIFY else 0 for g, row in index]
+        deciding = self._process(logits[where[:, 0], where[:, 1]], reqs, earlier)
+        output_logits = {i: deciding[i] for i, req in enumerate(reqs) if logprobs.wants_output(req)}
+        judged = sampling.sample(deciding, sampling_rows(reqs, self.device), position)
         drafted = self._table.read(pool, position)
         return LaunchedPass(owned, offsets, judged, drafted, output_logits, prompt_logits)
+
+    def _process(self, logits: torch.Tensor, reqs: Sequence[Req], earlier: Sequence[int]) -> torch.Tensor:
+        """Apply penalties, grammars and the like to rows that need it.
+
+        Args:
+            logits: one row per entry of ``reqs``, ours to change.
+            earlier: number of candidates in front of each row.
+
+        Returns:
+            The logits to sample from: ``logits`` itself, or its float32 copy.
+        """
+        concerned = [row for row, req in enumerate(reqs) if logit_processing.required(req)]
+        if not concerned:
+            return logits
+        logits = logits.float()
+        for row in concerned:
+            req = reqs[row]
+            state = deterministic.of(req)
+            assert state is not None and state.lane is not None
+            first = (state.lane.base if state.lane.base is not None else state.lane.known_end) + 1
+            positions = torch.arange(first, first + earlier[row], device=self.device)
+            pool = torch.full_like(positions, req.req_pool_idx)
+            candidates = self._table.read(pool, positions)
+            view = logit_processing.RowView(state.decided, candidates, state.matcher)
+            logit_processing.apply(logits[row], req, view)
+        return logits
+
+    def _pending(self, req: Req) -> int:
+        state = deterministic.of(req)
+        assert state is not None and state.lane is not None
+        return state.lane.pending
 
     def _apply(self, launched: LaunchedPass) -> None:
         judged, candidates = launched.judged.tolist(), launched.candidates.tolist()
@@ -286,7 +318,7 @@ class Runtime:
                 if lane.prompt_done(segment.rows):
                     assert offset is not None
                     entries = _output_logprobs(launched, req, offset, judged[offset : offset + 1])
-                    state.verdicts.append(Verdict((judged[offset],), 0, 0, True, entries))
+                    state.decide(Verdict((judged[offset],), 0, 0, True, entries))
                     corrected.append((req.req_pool_idx, lane.known_end, judged[offset]))
                 continue
             assert offset is not None
@@ -297,7 +329,7 @@ class Runtime:
             tokens = tuple(judged[window][:committed])
             entries = _output_logprobs(launched, req, offset, tokens)
             verdict = Verdict(tokens, matched, outstanding, False, entries)
-            state.verdicts.append(verdict)
+            state.decide(verdict)
             self.statistics.count_verdict(verdict)
             if matched < segment.rows:
                 assert lane.base is not None
