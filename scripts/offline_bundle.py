@@ -76,7 +76,6 @@ DROP_PACKAGES: tuple[Rule, ...] = (
     Rule("nvidia-mathdx", "headers for kernels of the diffusion models"),
     Rule("helion", "autotuner that SGLang uses for some MoE kernels"),
     Rule("kernels", "downloads kernels from a hub"),
-    Rule("datasets", _DATA),
     Rule("modelscope", _DATA),
     Rule("blobfile", _DATA),
     Rule("smg-grpc-servicer", _GRPC),
@@ -86,9 +85,7 @@ DROP_PACKAGES: tuple[Rule, ...] = (
     Rule("mistral-common", "tokenizer of Mistral checkpoints in their own format"),
     Rule("torchao", "torchao quantization"),
     Rule("torchcodec", "audio and video input"),
-    Rule("soundfile", "audio input"),
     Rule("timm", "vision towers"),
-    Rule("compressed-tensors", "checkpoints quantized with compressed-tensors"),
     Rule("outlines", "the outlines grammar backend (the default is xgrammar)"),
     Rule("llguidance", "the llguidance grammar backend (the default is xgrammar)"),
     Rule("anthropic", "client of another server"),
@@ -116,7 +113,6 @@ DROP_PATHS: tuple[Rule, ...] = (
     Rule("flashinfer/data/cccl/docs", "not on any include path"),
     Rule("flashinfer/data/cccl/python", "not on any include path"),
     Rule("sglang/multimodal_gen", "image and video generation"),
-    Rule("sglang/kernels/ops/diffusion", "kernels of image and video generation"),
     Rule("sglang/test", "SGLang's own tests"),
     Rule("sglang/srt/server/_core*.so", "the Rust HTTP server, an opt-in"),
     Rule("sglang/srt/grpc/_core*.so", _GRPC),
@@ -142,6 +138,9 @@ TARGET_OWNED_IF_LISTED = (
     "scipy",
     "setuptools",
 )
+
+#: SGLang imports these, but only packages that are left out require them.
+UNDECLARED = ("dill", "jsonschema")
 
 #: Modules that `check` imports, each in an interpreter that sees the bundle as a user's would.
 CHECK_IMPORTS = (
@@ -274,13 +273,18 @@ def missing_packages(resolved: dict[str, str], target: dict[str, str]) -> dict[s
 
 
 def resolve(
-    requirement: str, selection: Selection, target: dict[str, str], python: str, platform: str, work: Path
+    requirements: Sequence[str],
+    selection: Selection,
+    target: dict[str, str],
+    python: str,
+    platform: str,
+    work: Path,
 ) -> dict[str, str]:
-    """Resolves `requirement` for the target with `uv`; the target's versions win where they fit.
+    """Resolves `requirements` for the target with `uv`; the target's versions win where they fit.
 
     A package is excluded by an override with a marker that never holds, so that what only it needs goes too.
     """
-    (work / "requirements.in").write_text(requirement + "\n")
+    (work / "requirements.in").write_text("".join(f"{line}\n" for line in requirements))
     overrides = [f"{name} ; python_version < '0'\n" for name in excluded_names(selection, target)]
     (work / "overrides.txt").write_text("".join(overrides))
     lock = work / "lock.txt"
@@ -781,9 +785,9 @@ def build(options: BuildOptions) -> Manifest:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         wheel = build_wheel(options.project, work)
-        requirement = f"sglang-ext @ {wheel.as_uri()}"
+        requirements = [f"sglang-ext @ {wheel.as_uri()}", *UNDECLARED]
         resolved = resolve(
-            requirement, options.selection, options.target, options.python, options.platform, work
+            requirements, options.selection, options.target, options.python, options.platform, work
         )
         missing = missing_packages(resolved, options.target)
         stage = work / "stage"
