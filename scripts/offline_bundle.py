@@ -516,7 +516,6 @@ def environment(destination: Path) -> dict[str, str]:
         "SGLANG_DG_CACHE_DIR": str(cache / "deep-gemm"),
         "SGLANG_CACHE_DIR": str(cache / "sglang"),
         "HF_HUB_OFFLINE": "1",
-        "FLASHINFER_LOGGING_LEVEL": "warning",
     }
 
 
@@ -641,6 +640,7 @@ def _child_environment(destination: Path) -> dict[str, str]:
 
 
 #: Runs in an interpreter of its own: argv is the model folder, the attention backend and the token count.
+#: Few graph sizes: what is tried is that everything loads and compiles, not the speed.
 SMOKE_PROGRAM = """
 import json, sys, time
 import sglang
@@ -649,7 +649,7 @@ def main() -> None:
     started = time.perf_counter()
     engine = sglang.Engine(
         model_path=sys.argv[1], attention_backend=sys.argv[2], load_format="dummy", skip_tokenizer_init=True,
-        mem_fraction_static=0.3, cuda_graph_max_bs=4, random_seed=1,
+        mem_fraction_static=0.3, cuda_graph_max_bs_decode=4, cuda_graph_max_bs_prefill=64, random_seed=1,
     )
     ready = time.perf_counter()
     count = int(sys.argv[3])
@@ -686,12 +686,12 @@ SMOKE_MODEL = {
 }
 
 
-def smoke(destination: Path, attention_backend: str, tokens: int = 8) -> int:
+def smoke(destination: Path, attention_backend: str, head_dim: int = 128, tokens: int = 8) -> int:
     """Starts stock SGLang on a random two-layer Llama, generates, prints the times; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         model, program = Path(folder, "model"), Path(folder, "smoke.py")
         model.mkdir()
-        (model / "config.json").write_text(json.dumps(SMOKE_MODEL))
+        (model / "config.json").write_text(json.dumps({**SMOKE_MODEL, "head_dim": head_dim}))
         program.write_text(SMOKE_PROGRAM)
         command = [sys.executable, str(program), str(model), attention_backend, str(tokens)]
         return subprocess.run(command, env=_child_environment(destination)).returncode
@@ -854,7 +854,7 @@ def _check_command(arguments: argparse.Namespace) -> int:
     print(f"{verify_files(destination)} files verified")
     code = _report(_problems(destination, bundle))
     if code == 0 and arguments.smoke:
-        return smoke(destination, arguments.smoke)
+        return smoke(destination, arguments.smoke, arguments.head_dim)
     return code
 
 
@@ -912,6 +912,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("check", help="on the target: hashes, tools, imports, engine")
     command.add_argument("destination", type=Path)
     command.add_argument("--smoke", metavar="ATTENTION_BACKEND", help="also start SGLang and generate")
+    command.add_argument("--head-dim", type=int, default=128, help="of the model that --smoke makes (128)")
     command.set_defaults(run=_check_command)
 
     command = commands.add_parser("pack-cache", help="on the target: pack the kernels compiled so far")
