@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -173,12 +175,21 @@ class TestArchive:
 
     def test_the_same_tree_gives_the_same_bytes(self, tmp_path: Path) -> None:
         digests = []
-        for run in ("a", "b"):
-            source = _tree(tmp_path / run, dict(sorted(FAKE_SITE.items(), reverse=run == "b")))
+        for run, seconds in (("a", 1_000_000_000), ("b", 1_700_000_000)):
+            source = _tree(tmp_path / run, FAKE_SITE)
+            os.utime(source / "site/run.sh", (seconds, seconds))
             output = tmp_path / f"out-{run}"
             output.mkdir()
             digests.append(ob.sha256_of(ob.write_archive(source, "same", output, preset=1)))
         assert digests[0] == digests[1]
+
+    def test_members_are_ordered_by_suffix_and_the_hash_list_is_last(self, tmp_path: Path) -> None:
+        source = _tree(
+            tmp_path / "source", {"site/b.py": b"", "site/a.so": b"", "site/c.h": b"", "site/a.h": b""}
+        )
+        with tarfile.open(ob.write_archive(source, "ordered", tmp_path, preset=1)) as tar:
+            names = tar.getnames()
+        assert names == ["site/a.h", "site/c.h", "site/b.py", "site/a.so", ".manifest/ordered.sha256"]
 
     @given(content=st.binary(max_size=300), part_bytes=st.integers(1, 120))
     def test_split_and_join_are_inverse_and_parts_stay_below_the_limit(
@@ -218,7 +229,8 @@ class TestVerification:
             part.unlink()
         else:
             part.write_bytes(part.read_bytes()[:-1])
-        with pytest.raises(ob.BundleError, match=part.name):
+        reason = "is missing" if damage == "missing" else "bytes, expected"
+        with pytest.raises(ob.BundleError, match=f"{part.name}.*{reason}"):
             ob.unpack(tmp_path / "bundle", tmp_path / "target", capability="")
 
     @pytest.mark.parametrize("damage", ["missing", "altered"])
