@@ -119,7 +119,8 @@ def _constrain(logits: torch.Tensor, view: RowView) -> None:
             return
         mask = grammar.allocate_vocab_mask(logits.shape[0], 1, logits.device)
         grammar.fill_vocab_mask(mask, 0)
-        grammar.apply_vocab_mask(logits[None], grammar.move_vocab_mask(mask, logits.device))
+        mask = grammar.move_vocab_mask(mask, logits.device)
+        grammar.apply_vocab_mask(logits=logits[None], vocab_mask=mask)
     finally:
         if accepted:
             grammar.rollback(accepted)

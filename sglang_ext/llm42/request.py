@@ -86,9 +86,19 @@ class DeterministicRequest:
         """A pass decided the request's next tokens."""
         self.verdicts.append(verdict)
         self.decided += verdict.tokens
-        for token in verdict.tokens if self.matcher is not None else ():
-            if not self.matcher.is_terminated():
+        if self.matcher is not None:
+            self._advance_matcher(verdict.tokens)
+
+    def _advance_matcher(self, tokens: tuple[int, ...]) -> None:
+        for token in tokens:
+            if self.matcher.is_terminated():
+                return
+            try:
                 self.matcher.accept_token(token)
+            except ValueError:
+                # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
+                self.matcher = None
+                return
 
     def leave(self) -> None:
         """Leave the lane: the request gives its memory back. What was decided but not committed is dropped;

@@ -197,21 +197,24 @@ class Runtime:
         are set aside first. Candidates drawn with the noise of verification usually survive it.
         """
         step, self._sampling_step = self._sampling_step, None
-        if step is None or not step.drafting:
+        if step is None:
             return sample_batch()
-        rows = torch.tensor(step.drafting, device=self.device)
+        # With a grammar SGLang samples only after the previous result, which may have ended a request.
+        drafting = [row for row in step.drafting if self._lane(step.reqs[row]) is not None]
+        if not drafting:
+            return sample_batch()
+        rows = torch.tensor(drafting, device=self.device)
         logits = logits_output.next_token_logits[rows].clone()
         token_ids = sample_batch()
-        reqs = [step.reqs[row] for row in step.drafting]
-        logits = self._process(logits, reqs, [self._pending(req) for req in reqs])
-        positions = torch.tensor([step.positions[row] + 1 for row in step.drafting], device=self.device)
+        reqs = [step.reqs[row] for row in drafting]
+        lanes = [lane for req in reqs if (lane := self._lane(req)) is not None]
+        logits = self._process(logits, reqs, [lane.pending for lane in lanes])
+        positions = torch.tensor([step.positions[row] + 1 for row in drafting], device=self.device)
         drafted = sampling.sample(logits, sampling_rows(reqs, self.device), positions)
         pool = torch.tensor([req.req_pool_idx for req in reqs], device=self.device)
         self._table.write(pool, positions, drafted)
-        for req in reqs:
-            lane = deterministic.of(req).lane  # type: ignore[union-attr]
-            if lane is not None:
-                lane.drafted()
+        for lane in lanes:
+            lane.drafted()
         token_ids[rows] = drafted.to(token_ids.dtype)
         return token_ids
 
@@ -300,10 +303,10 @@ class Runtime:
             logit_processing.apply(logits[row], req, view)
         return logits
 
-    def _pending(self, req: Req) -> int:
+    @staticmethod
+    def _lane(req: Req) -> LaneRequest | None:
         state = deterministic.of(req)
-        assert state is not None and state.lane is not None
-        return state.lane.pending
+        return None if state is None else state.lane
 
     def _apply(self, launched: LaunchedPass) -> None:
         judged, candidates = launched.judged.tolist(), launched.candidates.tolist()
