@@ -112,7 +112,7 @@ class CanonicalPass:
 
         batch = self._forward_batch(segments, candidates)
         self._attention.init_forward_metadata(batch)
-        with forward_context(ForwardContext(attn_backend=self._attention)):  # type: ignore[arg-type]
+        with forward_context(ForwardContext(attn_backend=self._attention)):
             output = self.model_runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits.view(self.segments, self.rows, -1)
 
