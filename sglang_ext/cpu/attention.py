@@ -68,7 +68,7 @@ def canonical_attention(
         tile: positions per tile; part of what the bits depend on.
 
     Returns:
-        ``[segments, rows, heads, value_size]`` in the type of ``q``.
+        ``[segments, rows, heads, value_size]`` in the type of ``q``, contiguous.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -83,10 +83,9 @@ def canonical_attention(
         # A zero weight does not cancel a NaN or infinite value (0 * NaN is NaN), so such values may have
         # leaked from beyond a row. Rows without any come out with the same bits either way.
         output = _attend(shape, q, *caches, start, scaling, logit_cap, guard=True)
-    output = output.view(
-        shape.segments, shape.kv_heads, shape.heads_per_kv_head, shape.rows, shape.value_size
-    )
-    return output.permute(0, 3, 1, 2, 4).reshape(*q.shape[:3], shape.value_size).to(q.dtype)
+    heads_first = (shape.segments, shape.kv_heads, shape.heads_per_kv_head, shape.rows, shape.value_size)
+    output = output.view(heads_first).permute(0, 3, 1, 2, 4).to(q.dtype).contiguous()
+    return output.view(*q.shape[:3], shape.value_size)
 
 
 def _shape_of(

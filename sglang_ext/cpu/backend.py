@@ -65,7 +65,7 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
         start = forward_batch.extend_prefix_lens.to(torch.int64)
         positions = int(start.max()) + self.rows
         output = canonical_attention(
-            q.view(self.segments, self.rows, layer.tp_q_head_num, layer.qk_head_dim),
+            q.reshape(self.segments, self.rows, layer.tp_q_head_num, layer.qk_head_dim),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, :positions].to(torch.int64),
