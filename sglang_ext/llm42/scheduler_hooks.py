@@ -96,6 +96,8 @@ def prepare_for_extend(result: None, batch: ScheduleBatch) -> None:
         if deterministic.of(req) is not None:
             req.kv_committed_len = len(req.prefix_indices)
             runtime().admit(req)
+            # SGLang would not run a batch again that has no output to generate; the lane has yet to start.
+            batch.is_prefill_only = False
 
 
 def release_kv_cache(req: Req, *args: Any, **kwargs: Any) -> None:
