@@ -173,7 +173,6 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("sampling_seed", {"sampling_seed": "7"}, {}),
     ("sampling_seed", {"sampling_seed": True}, {}),
     ("sampling_seed", {"sampling_seed": 2**63}, {}),
-    ("return_logprob", {}, {"return_logprob": True}),
     ("return_sampling_mask", {}, {"return_sampling_mask": True}),
     ("return_entropy", {}, {"return_entropy": True}),
     ("return_hidden_states", {}, {"return_hidden_states": True}),
@@ -230,8 +229,8 @@ def test_every_refusal_is_tried() -> None:
 
 
 def test_all_reasons_are_given_at_once() -> None:
-    with pytest.raises(ValueError, match=r"return_logprob \(.*\); regex \("):
-        _tokenize(_request({"is_deterministic": True, "regex": "a"}, return_logprob=True))
+    with pytest.raises(ValueError, match=r"return_entropy \(.*\); regex \("):
+        _tokenize(_request({"is_deterministic": True, "regex": "a"}, return_entropy=True))
 
 
 def test_what_works_is_not_refused() -> None:

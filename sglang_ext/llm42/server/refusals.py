@@ -25,7 +25,6 @@ class Refusal:
     reason: str
 
 
-_NO_LOGPROBS = "canonical log-probabilities are not returned yet"
 _NO_PENALTIES = "canonical logits are not penalised yet"
 _NO_GRAMMAR = "canonical logits are not constrained by grammars yet"
 _NO_MEDIA = "only text prompts are computed canonically"
@@ -49,13 +48,12 @@ REFUSED_PER_REQUEST: tuple[Refusal, ...] = (
     Refusal("image_data", lambda obj, req: _has(obj.image_data), _NO_MEDIA),
     Refusal("video_data", lambda obj, req: _has(obj.video_data), _NO_MEDIA),
     Refusal("audio_data", lambda obj, req: _has(obj.audio_data), _NO_MEDIA),
-    Refusal("return_logprob", lambda obj, req: req.return_logprob, _NO_LOGPROBS),
-    Refusal("return_sampling_mask", lambda obj, req: req.return_sampling_mask, _NO_LOGPROBS),
+    Refusal("return_sampling_mask", lambda obj, req: req.return_sampling_mask, _NOT_RETURNED),
     Refusal("return_entropy", lambda obj, req: obj.return_entropy, _NOT_RETURNED),
     Refusal("return_hidden_states", lambda obj, req: req.return_hidden_states, _NOT_RETURNED),
     Refusal("return_routed_experts", lambda obj, req: req.return_routed_experts, _NOT_RETURNED),
     Refusal("return_indexer_topk", lambda obj, req: req.return_indexer_topk, _NOT_RETURNED),
-    Refusal("multi_item_delimiter_indices", lambda obj, req: req.multi_item_delimiter_indices, _NO_LOGPROBS),
+    Refusal("multi_item_delimiter_indices", lambda obj, req: req.multi_item_delimiter_indices, _NOT_RETURNED),
     Refusal("json_schema", lambda obj, req: req.sampling_params.json_schema, _NO_GRAMMAR),
     Refusal("regex", lambda obj, req: req.sampling_params.regex, _NO_GRAMMAR),
     Refusal("ebnf", lambda obj, req: req.sampling_params.ebnf, _NO_GRAMMAR),
