@@ -628,7 +628,7 @@ def main() -> int:
     machine = serving.machine()
     try:
         state = State.open(arguments.state, configuration(arguments, flags, machine))
-        prompts = serving.load_prompts(arguments.model, arguments.prompts)
+        prompts = serving.load_prompts(arguments.model)
     except (ValueError, OSError) as error:
         say(f"error: {error}")
         return 2
