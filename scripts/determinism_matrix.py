@@ -325,22 +325,22 @@ class Progress:
     def __init__(self, crowds: Iterable[Crowd]) -> None:
         self._left = sum(map(self.cost, crowds))
         self._done = 0.0
-        self._start = time.monotonic()
+        self._seconds = 0.0
 
     @staticmethod
     def cost(crowd: Crowd) -> float:
         """Relative duration of a crowd: a step of a batch is longer than one of a single request."""
-        return 1 + 0.3 * (crowd.condition.crowd - 1)
+        return 1 + 0.2 * (crowd.condition.crowd - 1)
 
-    def advance(self, crowd: Crowd, mismatches: int) -> None:
-        """A crowd is finished."""
+    def advance(self, crowd: Crowd, seconds: float, mismatches: int) -> None:
+        """A crowd was finished in so many seconds; starts of servers are not among them."""
         self._left -= self.cost(crowd)
         self._done += self.cost(crowd)
-        elapsed = time.monotonic() - self._start
-        eta = elapsed / self._done * self._left
+        self._seconds += seconds
+        eta = self._seconds / self._done * self._left
         percent = 100 * self._done / (self._done + self._left)
         line = f"{percent:5.1f} %  {crowd.condition.name:<16}{mismatches} mismatches"
-        say(f"{line}  {_duration(elapsed)} gone, about {_duration(eta)} left")
+        say(f"{line}  about {_duration(eta)} left")
 
 
 def _duration(seconds: float) -> str:
@@ -372,8 +372,9 @@ def run_all(
                 current = stack.enter_context(serving.server(flags))
                 restarted = condition.restart
             for crowd in crowds:
+                start = time.monotonic()
                 state.add(runner.run(current, number, crowd))
-                progress.advance(crowd, len(mismatches(state)))
+                progress.advance(crowd, time.monotonic() - start, len(mismatches(state)))
 
 
 # Comparing
