@@ -55,6 +55,11 @@ class DecodeStep:
     verdicts: dict[int, list[Verdict]]
 
     @property
+    def others(self) -> int:
+        """Rows of unmarked requests."""
+        return len(self.reqs) - len(self.drafting) - len(self.idle)
+
+    @property
     def useful(self) -> bool:
         """Whether any row decodes."""
         return len(self.idle) < len(self.reqs)
@@ -180,7 +185,7 @@ class Runtime:
             self._feed_candidates(step, batch)
             self._sampling_step = step
             result = decode()
-            self.statistics.decode_steps += 1
+            self.statistics.count_decode(len(step.drafting), step.others)
         else:
             result = empty_result(len(step.reqs), batch)
         result.llm42 = step

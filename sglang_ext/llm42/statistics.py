@@ -15,6 +15,9 @@ class Statistics:
 
     Attributes:
         decode_steps: ordinary decode steps of batches that held deterministic requests.
+        mixed_decode_steps: those of them in which both kinds of requests decoded a token.
+        decode_deterministic_rows: rows of these steps that drafted a candidate.
+        decode_other_rows: rows of unmarked requests in these steps.
         verify_forward_passes: canonical passes run.
         verify_total_reqs: verification segments in them.
         verify_total_tokens: rows of these segments, each judging one candidate.
@@ -28,6 +31,9 @@ class Statistics:
     """
 
     decode_steps: int = 0
+    mixed_decode_steps: int = 0
+    decode_deterministic_rows: int = 0
+    decode_other_rows: int = 0
     verify_forward_passes: int = 0
     verify_total_reqs: int = 0
     verify_total_tokens: int = 0
@@ -38,6 +44,13 @@ class Statistics:
     candidates_rejected: int = 0
     rollbacks: int = 0
     tokens_rolled_back: int = 0
+
+    def count_decode(self, deterministic: int, other: int) -> None:
+        """A decode step ran with this many drafting rows and rows of unmarked requests."""
+        self.decode_steps += 1
+        self.mixed_decode_steps += bool(deterministic and other)
+        self.decode_deterministic_rows += deterministic
+        self.decode_other_rows += other
 
     def count_pass(self, segments: Sequence[Segment], rows: int) -> None:
         """A canonical pass of ``rows`` rows was launched with these segments."""
