@@ -56,6 +56,9 @@ class ServerArgs(SGLangServerArgs):
     llm42_verify_batch_size: A[int, _OURS] = 8
     llm42_max_wait_steps: A[int, _OURS] = 4
     llm42_mark_all: A[bool, _OURS] = False
+    llm42_commit_log: A[str | None, _OURS] = None
+    llm42_commit_log_max_bytes: A[int, _OURS] = 256 * 1024 * 1024
+    llm42_commit_log_keep: A[int, _OURS] = 4
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +107,27 @@ class ServerArgs(SGLangServerArgs):
             action="store_true",
             default=ServerArgs.llm42_mark_all,
             help="Treat every request as deterministic that does not say is_deterministic=false.",
+        )
+        group.add_argument(
+            "--llm42-commit-log",
+            default=ServerArgs.llm42_commit_log,
+            metavar="PATH",
+            help="Write a JSON line for every finished deterministic request to this file, for "
+            "python -m sglang_ext.replay. With --dp-size > 1 each rank has its own: log.dp0.jsonl, ...",
+        )
+        group.add_argument(
+            "--llm42-commit-log-max-bytes",
+            type=int,
+            default=ServerArgs.llm42_commit_log_max_bytes,
+            metavar="BYTES",
+            help="Size at which the commit log becomes PATH.1 and a new one starts (default: %(default)s).",
+        )
+        group.add_argument(
+            "--llm42-commit-log-keep",
+            type=int,
+            default=ServerArgs.llm42_commit_log_keep,
+            metavar="FILES",
+            help="Rotated commit logs to keep beside the current one (default: %(default)s).",
         )
 
     def __post_init__(self) -> None:

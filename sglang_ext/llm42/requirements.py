@@ -6,8 +6,10 @@ SGLang that the canonical lane does not know yet. Refusing is better than a prom
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -163,7 +165,34 @@ def nonsense(args: ServerArgs) -> list[str]:
         found.append(f"--llm42-max-wait-steps must be at least 0, not {args.llm42_max_wait_steps!r}.")
     if args.llm42_mark_all and not args.enable_llm42:
         found.append("--llm42-mark-all needs --enable-llm42.")
+    return found + _commit_log_nonsense(args)
+
+
+def _commit_log_nonsense(args: ServerArgs) -> list[str]:
+    found = []
+    for name in ("llm42_commit_log_max_bytes", "llm42_commit_log_keep"):
+        if not _is_int(value := getattr(args, name)) or value < 1:
+            found.append(f"--{name.replace('_', '-')} must be at least 1, not {value!r}.")
+    if args.llm42_commit_log is None:
+        return found
+    if not args.enable_llm42:
+        found.append("--llm42-commit-log needs --enable-llm42.")
+    if reason := _why_not_writable(Path(args.llm42_commit_log)):
+        found.append(f"--llm42-commit-log {args.llm42_commit_log}: {reason}.")
     return found
+
+
+def _why_not_writable(path: Path) -> str | None:
+    """Why a file cannot be written and rotated there, None if it can."""
+    if not path.name or path.is_dir():
+        return "is a folder; name a file in it"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"the folder {path.parent} cannot be written"
+    if path.exists() and not os.access(path, os.W_OK):
+        return "the file cannot be written"
+    return None
 
 
 def unsupported(args: ServerArgs) -> list[str]:

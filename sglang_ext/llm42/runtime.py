@@ -114,6 +114,11 @@ class Runtime:
 
     # Life of a request
 
+    @property
+    def num_running(self) -> int:
+        """Deterministic requests that hold memory."""
+        return len(self._requests)
+
     def admit(self, req: Req) -> None:
         """``req`` got memory for its known tokens; its missing canonical KV is the lane's to compute."""
         state = deterministic.of(req)

@@ -17,6 +17,7 @@ from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.attention import canonical_attention_factory
 from sglang_ext.llm42.commit import commit
 from sglang_ext.llm42.config import Llm42Config
+from sglang_ext.llm42.observability.observer import Observer
 from sglang_ext.llm42.report import Report
 from sglang_ext.llm42.runtime import DecodeStep, Runtime
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.utils import GenerationBatchResult
 
 _runtime: Runtime | None = None
+_observer: Observer | None = None
 
 
 def runtime() -> Runtime:
@@ -41,16 +43,29 @@ def runtime() -> Runtime:
     return _runtime
 
 
+def observer() -> Observer:
+    """Metrics and commit log of this scheduler process.
+
+    Raises:
+        RuntimeError: the scheduler has not built its model yet.
+    """
+    if _observer is None:
+        raise RuntimeError("LLM-42 is not running in this process")
+    return _observer
+
+
 # Start
 
 
 def start_runtime(result: None, scheduler: Scheduler) -> None:
     """After ``Scheduler.init_model_worker``: weights and pools are there, so the lane can be built."""
-    global _runtime
+    global _runtime, _observer
     config = Llm42Config.from_server_args(scheduler.server_args)
     model_runner = scheduler.tp_worker.model_runner
     _runtime = Runtime(model_runner, config, canonical_attention_factory(model_runner))
+    _observer = Observer.of_scheduler(scheduler, _runtime)
     scheduler.llm42 = _runtime
+    scheduler.llm42_configuration_digest = _observer.configuration_digest
 
 
 # Life of a request
@@ -225,6 +240,7 @@ def decode_outputs(
         token_ids[row] = commit(req, step.verdicts.get(row, ()))
         committed += len(token_ids[row]) - 1
     processor.metrics_reporter.num_generated_tokens += committed
+    observer().step_done()
     return token_ids, token_logprobs
 
 
@@ -248,6 +264,7 @@ def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **k
         return
     if req.finished():
         state.log.release(req.finished_reason.to_json()["type"], state.log.num_committed)
+        observer().finished(req, state)
     elif state.insert_prompt:
         from sglang.srt.mem_cache.common import maybe_cache_unfinished_req
 

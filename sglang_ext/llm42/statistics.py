@@ -45,6 +45,9 @@ class Statistics:
     rollbacks: int = 0
     tokens_rolled_back: int = 0
 
+    def __post_init__(self) -> None:
+        self._before_reset = dict.fromkeys(self.as_dict(), 0)
+
     def count_decode(self, deterministic: int, other: int) -> None:
         """A decode step ran with this many drafting rows and rows of unmarked requests."""
         self.decode_steps += 1
@@ -75,10 +78,15 @@ class Statistics:
             self.tokens_rolled_back += verdict.candidates - verdict.matched
 
     def as_dict(self) -> dict[str, int]:
-        """All counters by name."""
+        """All counters by name, since the last reset."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def totals(self) -> dict[str, int]:
+        """All counters by name, since start: what only grows."""
+        return {name: value + self._before_reset[name] for name, value in self.as_dict().items()}
+
     def reset(self) -> None:
-        """Set all counters to zero."""
+        """Set all counters to zero; :meth:`totals` stay."""
+        self._before_reset = self.totals()
         for f in fields(self):
             setattr(self, f.name, 0)

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.request import DEFAULT_SEED
 from sglang_ext.llm42.server.marks import MARK_FIELD, is_marked, mark_of, with_mark
 from sglang_ext.llm42.server.refusals import refuse_unsupported
@@ -35,6 +36,9 @@ def create_tokenized_object(
         return original(manager, obj, *args, **kwargs)
     tokenized = original(manager, obj, *args, **kwargs)
     refuse_unsupported(obj, tokenized)
+    if getattr(manager.server_args, "llm42_commit_log", None):
+        # Only this process is told when the version changes.
+        tokenized.sampling_params.custom_params[WEIGHT_VERSION_KEY] = manager.config_value("weight_version")
     return tokenized
 
 

@@ -8,13 +8,17 @@ from typing import Any
 #: Key of the counters in SGLang's internal state.
 STATE_KEY = "llm42"
 
+#: Key of the digest of the server's configuration, beside the counters.
+CONFIGURATION_KEY = "llm42_configuration"
+
 #: Key of a request to set them to zero.
 RESET_KEY = "llm42_reset_statistics"
 
 
 def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
-    """After ``Scheduler.get_internal_state``: add the runtime's counters."""
+    """After ``Scheduler.get_internal_state``: add the runtime's counters and the configuration's digest."""
     result.internal_state[STATE_KEY] = scheduler.llm42.statistics.as_dict()
+    result.internal_state[CONFIGURATION_KEY] = scheduler.llm42_configuration_digest
 
 
 def set_internal_state(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:

@@ -1,0 +1,1 @@
+"""``python -m sglang_ext.replay``: run logged deterministic requests again and compare."""
