@@ -11,6 +11,7 @@ class Feature(StrEnum):
 
     FLAGS = "flags"  # command-line flags, always installed
     CPU = "cpu"  # serving on a CPU without AMX, installed where torch sees no GPU
+    MARKS = "marks"  # reading deterministic marks of requests; without --enable-llm42 refusing them
     LLM42 = "llm42"  # deterministic requests in the scheduler, installed by --enable-llm42
     LLM42_SERVER = "llm42_server"  # the same in the HTTP server's or engine's own process
     TOKENWEAVE = "tokenweave"  # communication overlap, installed by --enable-tokenweave
@@ -35,6 +36,8 @@ class Hook:
         replacement: ``package.module:name`` of ours, imported on installation.
         feature: the feature that needs it.
         why: one line for the reader.
+        if_imported: a module without which the target is left alone: it then needs no hook, because it does
+            not run in this process or, imported later, picks up what another row replaced.
     """
 
     target: str
@@ -42,3 +45,4 @@ class Hook:
     replacement: str
     feature: Feature
     why: str
+    if_imported: str | None = None

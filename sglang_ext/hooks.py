@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
 from typing import Any
 
 from sglang_ext.cpu.hook_table import HOOKS as CPU_HOOKS
+from sglang_ext.hook_table import HOOKS as FLAG_HOOKS
 from sglang_ext.hook_types import Feature, Hook, Kind
 from sglang_ext.llm42.hook_table import HOOKS as LLM42_HOOKS
+from sglang_ext.llm42.server.hook_table import HOOKS as LLM42_SERVER_HOOKS
 
 __all__ = [
     "CHECKED_SGLANG_VERSIONS",
@@ -38,7 +41,7 @@ class HookError(RuntimeError):
 
 
 #: Every row of every feature.
-HOOKS: tuple[Hook, ...] = (*CPU_HOOKS, *LLM42_HOOKS)
+HOOKS: tuple[Hook, ...] = (*FLAG_HOOKS, *CPU_HOOKS, *LLM42_HOOKS, *LLM42_SERVER_HOOKS)
 
 
 def sglang_version() -> str | None:
@@ -87,7 +90,7 @@ def install_hooks(hooks: Iterable[Hook]) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    hooks = tuple(hooks)
+    hooks = tuple(hook for hook in hooks if hook.if_imported is None or hook.if_imported in sys.modules)
     for hook in hooks:
         if hook.target in HookRegistry._patched:
             raise HookError(

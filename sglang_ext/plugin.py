@@ -18,8 +18,17 @@ def register() -> None:
     if reason := hooks.unsupported_version_reason():
         logger.warning(reason)
         return
+    hooks.install(hooks.Feature.FLAGS)
+    install_platform()
+
+
+def install_platform() -> None:
+    """Let SGLang serve on a CPU where torch sees no GPU.
+
+    Raises:
+        HookError: as :func:`sglang_ext.hooks.install`.
+    """
     import torch
 
-    hooks.install(hooks.Feature.FLAGS)
     if not torch.cuda.is_available():
         hooks.install(hooks.Feature.CPU)

@@ -4,44 +4,128 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs as SGLangServerArgs
 
 from sglang_ext import hooks
+from sglang_ext.llm42 import requirements
 
 #: The original's mode numbers: it had three ways to make GEMMs invariant, ours has one that needs no choice.
 LLM42_MODES = (1, 2, 3)
 
+#: Our fields stand in an argument group of their own, so SGLang must not add them itself.
+_OURS = Arg(no_cli=True)
 
-def _llm42_mode(text: str) -> bool:
-    """Value of ``--enable-llm42`` when one is given: a mode number of the original, all alike here."""
-    if text.isdigit() and int(text) in LLM42_MODES:
+
+def llm42_mode(value: Any) -> bool:
+    """Whether a value of ``--enable-llm42`` switches LLM-42 on; mode numbers of the original are all alike.
+
+    Raises:
+        ValueError: the value is neither a bool, None nor one of :data:`LLM42_MODES`.
+    """
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    if isinstance(value, int) and value in LLM42_MODES:
         return True
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, LLM42_MODES))} (or leave it out)")
+    raise ValueError(
+        f"--enable-llm42: {value!r} is none of {', '.join(map(str, LLM42_MODES))} (it needs no value at all)"
+    )
+
+
+def _llm42_mode_of_text(text: str) -> bool:
+    try:
+        return llm42_mode(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        # argparse puts the flag's name in front of the message itself.
+        raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
 
 
 @dataclasses.dataclass
 class ServerArgs(SGLangServerArgs):
-    """SGLang's ``ServerArgs`` plus the flags of this package."""
+    """SGLang's ``ServerArgs`` plus the flags of this package.
 
-    enable_llm42: A[
-        bool | None,
-        Arg(
-            help="Serve deterministic requests by decode, verify and roll back (LLM-42). Takes an optional "
-            "mode number of the original implementation, which makes no difference here.",
-            type_parser=_llm42_mode,
+    Raises:
+        ValueError: a flag of ours has a nonsensical value, or is used with something that it does not
+            support yet; the message names the flags and the reason.
+    """
+
+    enable_llm42: A[bool | None, _OURS] = False
+    llm42_window_size: A[int, _OURS] = 64
+    llm42_verify_batch_size: A[int, _OURS] = 8
+    llm42_max_wait_steps: A[int, _OURS] = 4
+    llm42_mark_all: A[bool, _OURS] = False
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Add SGLang's flags and, in a group of their own, ours."""
+        SGLANG_ADD_CLI_ARGS(parser)
+        group = parser.add_argument_group(
+            "LLM-42 (sglang_ext)",
+            "Deterministic requests: the same prompt, parameters and seed give the same output whatever else "
+            "the server does. A request asks for it with is_deterministic; others run as usual.",
+        )
+        group.add_argument(
+            "--enable-llm42",
+            type=_llm42_mode_of_text,
             nargs="?",
             const=True,
-        ),
-    ] = False
-    llm42_window_size: A[int, "Rows of a verification segment: candidates that are verified at once."] = 64
-    llm42_verify_batch_size: A[int, "Segments of a canonical pass: its shape is window size times this."] = 8
-    llm42_max_wait_steps: A[
-        int, "Decode steps that a full window may wait for other requests to fill the canonical pass."
-    ] = 4
+            default=ServerArgs.enable_llm42,
+            metavar="MODE",
+            help="Serve deterministic requests by decode, verify and roll back. A mode number of the "
+            "original implementation (1, 2 or 3) is accepted and makes no difference.",
+        )
+        group.add_argument(
+            "--llm42-window-size",
+            type=int,
+            default=ServerArgs.llm42_window_size,
+            metavar="W",
+            help="Rows of a verification segment: candidates of one request that are verified at once, 1 to "
+            f"{requirements.MAX_WINDOW_SIZE} (default: %(default)s).",
+        )
+        group.add_argument(
+            "--llm42-verify-batch-size",
+            type=int,
+            default=ServerArgs.llm42_verify_batch_size,
+            metavar="G",
+            help="Segments of a canonical pass, which always computes W times G rows (default: %(default)s).",
+        )
+        group.add_argument(
+            "--llm42-max-wait-steps",
+            type=int,
+            default=ServerArgs.llm42_max_wait_steps,
+            metavar="STEPS",
+            help="Decode steps that a full window may wait for other requests to fill the canonical pass "
+            "(default: %(default)s).",
+        )
+        group.add_argument(
+            "--llm42-mark-all",
+            action="store_true",
+            default=ServerArgs.llm42_mark_all,
+            help="Treat every request as deterministic that does not say is_deterministic=false.",
+        )
 
     def __post_init__(self) -> None:
+        self.enable_llm42 = llm42_mode(self.enable_llm42)
+        self._refuse(requirements.nonsense(self))
+        if self.enable_llm42:
+            self._refuse(requirements.unsupported(self))
         super().__post_init__()
         if self.enable_llm42:
-            hooks.install(hooks.Feature.LLM42_SERVER)
+            # Again: SGLang's own resolution may have switched something on, and the model is known now.
+            self._refuse(requirements.unsupported(self) + requirements.unsupported_model(self))
+
+    @staticmethod
+    def _refuse(reasons: list[str]) -> None:
+        if reasons:
+            raise ValueError(" ".join(reasons))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in another process (scheduler, Ray actor), which need not have loaded our plugin."""
+        self.__dict__.update(state)
+        hooks.install(hooks.Feature.FLAGS)
+
+
+#: Kept apart: once our class is in place, SGLang's registry also replaces the name ``SGLangServerArgs`` here.
+SGLANG_ADD_CLI_ARGS = ServerArgs.__mro__[1].add_cli_args

@@ -1,0 +1,76 @@
+"""Reading the mark of a request on its way from the tokenizer manager to the scheduler.
+
+Every interface (``/generate``, the OpenAI endpoints, ``sglang.Engine``) ends in
+``TokenizerManager._create_tokenized_object``. A ``ValueError`` raised there becomes a 400 of the HTTP server
+and is passed on by the engine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_ext.llm42.request import DEFAULT_SEED
+from sglang_ext.llm42.server.marks import MARK_FIELD, is_marked, mark_of, with_mark
+from sglang_ext.llm42.server.refusals import refuse_unsupported
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+
+def create_tokenized_object(
+    original: Callable[..., Any], manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``TokenizerManager._create_tokenized_object``: translate and check the mark.
+
+    Raises:
+        ValueError: the mark is not a bool, this server does not serve deterministic requests, or the request
+            asks for something that they cannot have.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if not isinstance(obj, GenerateReqInput) or not _take_mark(manager, obj):
+        return original(manager, obj, *args, **kwargs)
+    tokenized = original(manager, obj, *args, **kwargs)
+    refuse_unsupported(obj, tokenized)
+    return tokenized
+
+
+def _take_mark(manager: TokenizerManager, obj: GenerateReqInput) -> bool:
+    """Whether ``obj`` is deterministic; its sampling parameters are then as the scheduler reads them."""
+    params = obj.sampling_params
+    if manager.preferred_sampling_params:
+        params = {**manager.preferred_sampling_params, **params}
+    said = mark_of(params)
+    mark = getattr(manager.server_args, "llm42_mark_all", False) if said is None else said
+    if mark and not getattr(manager.server_args, "enable_llm42", False):
+        raise ValueError(f"{MARK_FIELD}: this server was started without --enable-llm42.")
+    if mark or MARK_FIELD in params or said is not None:
+        # A new dict: the same one may stand in several requests of a batch.
+        obj.sampling_params = with_mark(params, mark)
+    return mark
+
+
+def send_one_request(manager: TokenizerManager, tokenized: Any) -> None:
+    """Before ``TokenizerManager._send_one_request``: with n > 1, give each sample its own seed.
+
+    SGLang sends a parallel request once without output, to cache the prompt, and then n copies of it. Sample
+    0 uses the request's seed itself.
+    """
+    logical_rid = manager.child_rid_to_logical_rid.get(tokenized.rid)
+    if logical_rid is None or not is_marked(tokenized.sampling_params.custom_params):
+        return
+    from sglang_ext.llm42.sampling import derive_seed
+
+    parent: Any = manager.rid_to_state[logical_rid]
+    sample = parent.llm42_next_sample = getattr(parent, "llm42_next_sample", -2) + 1
+    if sample <= 0:
+        return
+    params = copy.copy(tokenized.sampling_params)
+    if params.sampling_seed is None:
+        params.sampling_seed = DEFAULT_SEED
+        manager.rid_to_state[tokenized.rid].llm42_seed_is_default = True
+    params.sampling_seed = derive_seed(params.sampling_seed, sample)
+    tokenized.sampling_params = params

@@ -1,0 +1,538 @@
+"""Marks of requests on their way to the scheduler, and reports on their way back, on SGLang's own objects."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import types
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.managers.io_struct import (
+    BatchTokenIDOutput,
+    EmbeddingReqInput,
+    GenerateReqInput,
+    SetInternalStateReq,
+    TokenizedGenerateReqInput,
+    unwrap_from_pickle,
+    wrap_as_pickle,
+)
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_ext.llm42.config import REQUEST_KEY
+from sglang_ext.llm42.sampling import derive_seed
+from sglang_ext.llm42.server import intake, internal_state, marks, openai, refusals, reports
+
+VOCABULARY = 100
+
+
+class _TimeStats:
+    def set_tokenize_finish_time(self) -> None:
+        pass
+
+
+def _manager(**server_args: Any) -> Any:
+    """What ``TokenizerManager._create_tokenized_object`` reads of its manager."""
+    arguments = {"enable_llm42": True, "llm42_mark_all": False, "disaggregation_transfer_backend": "nixl"}
+    return types.SimpleNamespace(
+        server_args=types.SimpleNamespace(**arguments | server_args),
+        preferred_sampling_params=server_args.pop("preferred", None),
+        sampling_params_class=SamplingParams,
+        tokenizer=None,
+        model_config=types.SimpleNamespace(vocab_size=VOCABULARY),
+        rid_to_state={},
+        child_rid_to_logical_rid={},
+    )
+
+
+def _request(params: dict[str, Any] | None = None, **fields: Any) -> GenerateReqInput:
+    obj = GenerateReqInput(input_ids=[1, 2, 3], sampling_params=params, **fields)
+    obj.normalize_batch_and_arguments()
+    return obj
+
+
+def _tokenize(obj: GenerateReqInput, manager: Any = None, **arguments: Any) -> TokenizedGenerateReqInput:
+    """What the scheduler would get of ``obj``, through SGLang's own function and our hook around it."""
+    manager = manager or _manager()
+    manager.rid_to_state[obj.rid] = types.SimpleNamespace(time_stats=_TimeStats())
+    return intake.create_tokenized_object(
+        TokenizerManager._create_tokenized_object, manager, obj, "text", [1, 2, 3], **arguments
+    )
+
+
+def _custom(obj: GenerateReqInput, manager: Any = None) -> dict[str, Any] | None:
+    return _tokenize(obj, manager).sampling_params.custom_params
+
+
+# Marks
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"is_deterministic": True}, {"custom_params": {"llm42": True}}, {"custom_params": {REQUEST_KEY: True}}],
+)
+def test_mark_reaches_the_scheduler(params: dict[str, Any]) -> None:
+    given = copy.deepcopy(params)
+    assert _custom(_request(params)) == {REQUEST_KEY: True}
+    assert params == given, "the client's own dict is not ours to change"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [None, {}, {"is_deterministic": False}, {"is_deterministic": None}, {"custom_params": {"llm42": False}}],
+)
+def test_unmarked_requests_stay_unmarked(params: dict[str, Any] | None) -> None:
+    assert not _custom(_request(params))
+
+
+def test_unmarked_requests_are_not_touched() -> None:
+    params = {"temperature": 0.5, "custom_params": {"mine": 1}, "regex": "a+"}
+    obj = _request(params)
+    assert _custom(obj) == {"mine": 1}
+    assert obj.sampling_params is params
+
+
+def test_other_parameters_stay() -> None:
+    params = {
+        "is_deterministic": True,
+        "sampling_seed": 7,
+        "temperature": 0.5,
+        "stop_token_ids": [5],
+        "custom_params": {"mine": 1},
+    }
+    sent = _tokenize(_request(params)).sampling_params
+    assert sent.custom_params == {"mine": 1, REQUEST_KEY: True}
+    assert (sent.sampling_seed, sent.temperature, sent.stop_token_ids) == (7, 0.5, {5})
+
+
+@pytest.mark.parametrize("mark", ["yes", 1, 0, [True], {}])
+def test_wrong_type_names_the_field(mark: Any) -> None:
+    with pytest.raises(ValueError, match="is_deterministic must be true or false"):
+        _tokenize(_request({"is_deterministic": mark}))
+    with pytest.raises(ValueError, match=r"custom_params\.llm42 must be true or false"):
+        _tokenize(_request({"custom_params": {REQUEST_KEY: mark}}))
+
+
+@pytest.mark.parametrize("params", [{"is_deterministic": True}, {"custom_params": {"llm42": True}}])
+def test_marked_request_is_refused_without_the_flag(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="--enable-llm42"):
+        _tokenize(_request(params), _manager(enable_llm42=False))
+
+
+def test_false_mark_is_accepted_without_the_flag() -> None:
+    assert not _custom(_request({"is_deterministic": False}), _manager(enable_llm42=False))
+
+
+def test_mark_all_marks_what_says_nothing() -> None:
+    manager = _manager(llm42_mark_all=True)
+    assert _custom(_request({}), manager) == {REQUEST_KEY: True}
+    assert _custom(_request(None), manager) == {REQUEST_KEY: True}
+    assert not _custom(_request({"is_deterministic": False}), manager)
+    assert not _custom(_request({"custom_params": {"llm42": False}}), manager)
+
+
+def test_mark_all_leaves_embedding_requests_alone() -> None:
+    obj = EmbeddingReqInput(input_ids=[1, 2], sampling_params={})
+    sent: list[Any] = []
+    intake.create_tokenized_object(
+        lambda manager, obj: sent.append(obj.sampling_params), _manager(llm42_mark_all=True), obj
+    )
+    assert sent == [{}]
+
+
+def test_preferred_parameters_of_the_server_count() -> None:
+    manager = _manager(preferred={"custom_params": {"llm42": True}, "temperature": 0.25})
+    sent = _tokenize(_request({"top_p": 0.5}), manager).sampling_params
+    assert sent.custom_params == {REQUEST_KEY: True}
+    assert (sent.temperature, sent.top_p) == (0.25, 0.5)
+    assert not _custom(_request({"is_deterministic": False}), manager)
+
+
+def test_batch_is_marked_prompt_by_prompt() -> None:
+    obj = GenerateReqInput(
+        input_ids=[[1], [2], [3]],
+        sampling_params=[{"is_deterministic": True}, {}, {"is_deterministic": False}],
+    )
+    obj.normalize_batch_and_arguments()
+    assert [bool(_custom(obj[i])) for i in range(3)] == [True, False, False]
+
+
+def test_shared_parameters_of_a_batch_are_copied() -> None:
+    obj = GenerateReqInput(input_ids=[[1], [2]], sampling_params={"is_deterministic": True})
+    obj.normalize_batch_and_arguments()
+    assert [_custom(obj[i]) for i in range(2)] == [{REQUEST_KEY: True}] * 2
+
+
+# Refusals
+
+REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("sampling_seed", {"sampling_seed": "7"}, {}),
+    ("sampling_seed", {"sampling_seed": True}, {}),
+    ("sampling_seed", {"sampling_seed": 2**63}, {}),
+    ("return_logprob", {}, {"return_logprob": True}),
+    ("return_sampling_mask", {}, {"return_sampling_mask": True}),
+    ("return_entropy", {}, {"return_entropy": True}),
+    ("return_hidden_states", {}, {"return_hidden_states": True}),
+    ("return_routed_experts", {}, {"return_routed_experts": True}),
+    ("return_indexer_topk", {}, {"return_indexer_topk": True}),
+    ("multi_item_delimiter_indices", {}, {"multi_item_delimiter_indices": [1]}),
+    ("image_data", {}, {"image_data": "image.png"}),
+    ("video_data", {}, {"video_data": "video.mp4"}),
+    ("audio_data", {}, {"audio_data": "audio.wav"}),
+    ("json_schema", {"json_schema": "{}"}, {}),
+    ("regex", {"regex": "a+"}, {}),
+    ("ebnf", {"ebnf": 'root ::= "a"'}, {}),
+    ("structural_tag", {"structural_tag": "{}"}, {}),
+    ("frequency_penalty", {"frequency_penalty": 0.5}, {}),
+    ("presence_penalty", {"presence_penalty": -0.5}, {}),
+    ("repetition_penalty", {"repetition_penalty": 1.1}, {}),
+    ("logit_bias", {"logit_bias": {"5": 1.0}}, {}),
+    ("min_new_tokens", {"min_new_tokens": 1}, {}),
+    ("custom_logit_processor", {}, {"custom_logit_processor": "processor"}),
+    ("max_thinking_tokens", {}, {"max_thinking_tokens": 10}),
+    ("lora_path", {}, {"lora_id": "adapter"}),
+    ("session_params", {}, {"session_params": {"id": "1"}}),
+]
+
+#: Fields that need more than a request's own field: see the tests by name.
+REFUSED_ELSEWHERE = {"input_embeds", "positional_embed_overrides"}
+
+
+@pytest.mark.parametrize(("field", "params", "fields"), REFUSED, ids=lambda value: str(value))
+def test_unsupported_request_names_the_field(
+    field: str, params: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    tokenizer = types.SimpleNamespace(encode=lambda text, **kwargs: [1])
+    manager = _manager()
+    manager.tokenizer = tokenizer
+    with pytest.raises(ValueError, match=f"does not support: {field} "):
+        _tokenize(_request({"is_deterministic": True, **params}, **fields), manager)
+    _tokenize(_request(params, **fields), manager)
+
+
+@pytest.mark.parametrize("field", sorted(REFUSED_ELSEWHERE))
+def test_embeddings_are_refused(field: str) -> None:
+    arguments = {"input_embeds": [[0.5]]} if field == "input_embeds" else {}
+    obj = _request({"is_deterministic": True})
+    if not arguments:
+        obj.positional_embed_overrides = types.SimpleNamespace()
+    with pytest.raises(ValueError, match=f"does not support: {field} "):
+        _tokenize(obj, **arguments)
+
+
+def test_every_refusal_is_tried() -> None:
+    tried = {field for field, _, _ in REFUSED} | REFUSED_ELSEWHERE
+    assert tried == {row.field for row in refusals.REFUSED_PER_REQUEST}
+
+
+def test_all_reasons_are_given_at_once() -> None:
+    with pytest.raises(ValueError, match=r"return_logprob \(.*\); regex \("):
+        _tokenize(_request({"is_deterministic": True, "regex": "a"}, return_logprob=True))
+
+
+def test_what_works_is_not_refused() -> None:
+    params = {
+        "is_deterministic": True,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "sampling_seed": -(2**63),
+        "stop_token_ids": [3],
+        "ignore_eos": True,
+        "max_new_tokens": 9,
+        "skip_special_tokens": False,
+        "frequency_penalty": 0,
+        "repetition_penalty": None,
+        "logit_bias": {},
+        "regex": "",
+    }
+    obj = _request(params, stream=True, image_data=[], session_id="conversation")
+    assert _tokenize(obj).sampling_params.custom_params == {REQUEST_KEY: True}
+
+
+# Seeds of parallel samples
+
+
+def _send_samples(params: dict[str, Any], samples: int) -> tuple[list[int | None], list[Any]]:
+    """Seeds and states of the copies that SGLang sends of one parallel request (without the first, which
+    only caches the prompt)."""
+    manager = _manager()
+    obj = GenerateReqInput(input_ids=[1, 2, 3], sampling_params={"n": samples, **params})
+    obj.normalize_batch_and_arguments()
+    tokenized = _tokenize(obj[0], manager)
+    seeds, states = [], []
+    for child in range(samples + 1):
+        sent = copy.copy(tokenized)
+        sent.rid = f"child-{child}"
+        manager.child_rid_to_logical_rid[sent.rid] = obj[0].rid
+        manager.rid_to_state[sent.rid] = types.SimpleNamespace()
+        assert intake.send_one_request(manager, sent) is None
+        seeds.append(sent.sampling_params.sampling_seed)
+        states.append(manager.rid_to_state[sent.rid])
+    assert tokenized.sampling_params.sampling_seed == params.get("sampling_seed")
+    return seeds[1:], states[1:]
+
+
+def test_each_sample_has_its_own_seed() -> None:
+    seeds, states = _send_samples({"is_deterministic": True, "sampling_seed": 9}, 4)
+    assert seeds == [9, derive_seed(9, 1), derive_seed(9, 2), derive_seed(9, 3)]
+    assert len(set(seeds)) == 4
+    assert not any(hasattr(state, "llm42_seed_is_default") for state in states)
+
+
+def test_samples_of_the_default_seed() -> None:
+    seeds, states = _send_samples({"is_deterministic": True}, 3)
+    assert seeds == [None, derive_seed(42, 1), derive_seed(42, 2)]
+    assert [getattr(state, "llm42_seed_is_default", False) for state in states] == [False, True, True]
+
+
+def test_unmarked_samples_keep_their_seed() -> None:
+    assert _send_samples({"sampling_seed": 9}, 3)[0] == [9, 9, 9]
+
+
+def test_single_requests_keep_their_seed() -> None:
+    manager = _manager()
+    sent = _tokenize(_request({"is_deterministic": True, "sampling_seed": 9}), manager)
+    intake.send_one_request(manager, sent)
+    assert sent.sampling_params.sampling_seed == 9
+
+
+# OpenAI
+
+
+class _Serving:
+    """Stands where SGLang's serving handlers do; records what it would handle."""
+
+    def create_error_response(self, message: str, param: str | None = None) -> tuple[str, str | None]:
+        return message, param
+
+
+def _openai(request: Any, body: Any) -> Any:
+    async def original(serving: Any, request: Any, raw_request: Any) -> Any:
+        return request
+
+    async def parsed() -> Any:
+        return body
+
+    raw_request = types.SimpleNamespace(json=parsed)
+    return asyncio.run(openai.handle_request(original, _Serving(), request, raw_request))
+
+
+def _completion(prompt: Any, mark: Any, **fields: Any) -> Any:
+    """Sampling parameters that SGLang's completion handler would pass on."""
+    body = {"prompt": prompt, "is_deterministic": mark, **fields}
+    request = _openai(CompletionRequest(**body), body)
+    if not isinstance(request, CompletionRequest):
+        return request
+    params = OpenAIServingCompletion._build_sampling_params(None, request)  # type: ignore[arg-type]
+    return openai.build_sampling_params(params, None, request) or params
+
+
+def test_completion_mark() -> None:
+    params = _completion("a", True, seed=5, custom_params={"mine": 1})
+    assert marks.mark_of(params) is True
+    assert params["sampling_seed"] == 5 and params["custom_params"]["mine"] == 1
+    assert marks.mark_of(_completion("a", False)) is False
+    assert marks.mark_of(_completion("a", None)) is None
+
+
+@pytest.mark.parametrize("prompt", [["a", "b", "c"], [[1], [2, 3], [4]]])
+def test_completion_batch_of_marks(prompt: Any) -> None:
+    params = _completion(prompt, [True, False, None], temperature=0.5)
+    assert [marks.mark_of(p) for p in params] == [True, False, None]
+    assert [p["temperature"] for p in params] == [0.5] * 3
+
+
+def test_completion_batch_reaches_the_scheduler() -> None:
+    obj = GenerateReqInput(input_ids=[[1], [2]], sampling_params=_completion([[1], [2]], [True, False]))
+    obj.normalize_batch_and_arguments()
+    manager = _manager()
+    manager.tokenizer = types.SimpleNamespace(encode=lambda text, **kwargs: [1])
+    assert [bool(_custom(obj[i], manager)) for i in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("prompt", ["a", [1, 2, 3]])
+def test_completion_list_for_one_prompt(prompt: Any) -> None:
+    assert marks.mark_of(_completion(prompt, [True])) is True
+    message, field = _completion(prompt, [True, True])
+    assert "2 values for 1 prompts" in message and field == "is_deterministic"
+
+
+@pytest.mark.parametrize("mark", ["yes", 1, [True], [True, False, True], [True, "yes"]])
+def test_wrong_completion_marks_are_refused(mark: Any) -> None:
+    message, field = _completion(["a", "b"], mark)
+    assert "is_deterministic" in message and field == "is_deterministic"
+
+
+def _chat(mark: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": "a"}], "is_deterministic": mark, "seed": 3}
+    request = _openai(ChatCompletionRequest(**body), body)
+    if not isinstance(request, ChatCompletionRequest):
+        return request
+    return request.to_sampling_params(stop=[], model_generation_config={})
+
+
+def test_chat_mark() -> None:
+    params = _chat(True)
+    assert marks.mark_of(params) is True and params["sampling_seed"] == 3
+    assert marks.mark_of(_chat([True])) is True
+    assert marks.mark_of(_chat(None)) is None
+    assert _chat("yes")[1] == "is_deterministic"
+    assert _chat([True, True])[1] == "is_deterministic"
+
+
+def test_other_openai_requests_pass() -> None:
+    marked_body = {"is_deterministic": "nonsense"}
+    request = types.SimpleNamespace()
+    assert _openai(request, marked_body) is request
+    completion = CompletionRequest(prompt="a")
+    assert _openai(completion, None) is completion and completion.custom_params is None
+
+
+# Reports
+
+
+def _report(rollbacks: int, **more: Any) -> dict[str, Any]:
+    return {"llm42_num_rollbacks": rollbacks, "llm42_seed_is_default": False, **more}
+
+
+def _batch_output(rids: list[str], customized_info: dict[str, Any] | None) -> Any:
+    output = types.SimpleNamespace(rids=rids, customized_info=wrap_as_pickle(customized_info))
+    assert "customized_info" in BatchTokenIDOutput.__struct_fields__
+    return output
+
+
+async def _handled(manager: Any, output: Any) -> Any:
+    return unwrap_from_pickle(output.customized_info)
+
+
+def _handle(manager: Any, output: Any) -> Any:
+    return asyncio.run(reports.handle_batch_output(_handled, manager, output))
+
+
+async def _responses(manager: Any, obj: Any, request: Any) -> AsyncGenerator[dict[str, Any], None]:
+    for tokens in (1, 2):
+        yield {"meta_info": {"completion_tokens": tokens}}
+
+
+def _collect(manager: Any, obj: Any, between: Any = None) -> list[dict[str, Any]]:
+    async def collect() -> list[dict[str, Any]]:
+        collected = []
+        async for response in reports.wait_one_response(_responses, manager, obj):
+            collected.append(dict(response["meta_info"]))
+            if between:
+                between()
+        return collected
+
+    return asyncio.run(collect())
+
+
+def test_report_stands_flat_in_meta_info_with_newest_values() -> None:
+    manager = _manager()
+    obj = _request({"is_deterministic": True})
+    _tokenize(obj, manager)
+    state = manager.rid_to_state[obj.rid]
+    manager.rid_to_state["other"] = other = types.SimpleNamespace()
+    rids = ["other", obj.rid]
+    left = _handle(manager, _batch_output(rids, {"llm42": [[None], [_report(1)]], "theirs": [[0], [1]]}))
+    assert left == {"theirs": [[0], [1]]}, "only our own entries are taken out"
+    assert not vars(other), "an unmarked request of the same batch gets nothing"
+
+    def next_output() -> None:
+        output = _batch_output([obj.rid], {"llm42": [[_report(2), _report(3)]]})
+        reports._take_reports(manager, output)
+        assert output.customized_info is None
+
+    first, second = _collect(manager, obj, next_output)
+    assert first == {"completion_tokens": 1, **_report(1)}
+    assert second == {"completion_tokens": 2, **_report(3)}
+    assert state.llm42_report == _report(3)
+
+
+def test_default_seed_of_a_sample_is_shown_as_default() -> None:
+    manager = _manager()
+    manager.rid_to_state["child"] = types.SimpleNamespace(llm42_seed_is_default=True)
+    _handle(manager, _batch_output(["child"], {"llm42": [[_report(0)]]}))
+    assert manager.rid_to_state["child"].llm42_report["llm42_seed_is_default"] is True
+
+
+def test_unmarked_requests_have_no_report() -> None:
+    manager = _manager()
+    obj = _request({"temperature": 0.5})
+    generator = reports.wait_one_response(_responses, manager, obj)
+    assert generator.ag_code is _responses.__code__, "SGLang's own generator, nothing around it"
+    assert _collect(manager, obj)[0] == {"completion_tokens": 1}
+
+
+def test_batches_without_marked_requests_are_not_opened() -> None:
+    output = types.SimpleNamespace(customized_info=None)
+    assert _handle(None, output) is None
+
+
+def test_reports_of_requests_that_left_are_dropped() -> None:
+    assert _handle(_manager(), _batch_output(["gone"], {"llm42": [[_report(1)]]})) is None
+
+
+# Counters
+
+
+class _Statistics:
+    def __init__(self) -> None:
+        self.decode_steps = 3
+
+    def as_dict(self) -> dict[str, int]:
+        return {"decode_steps": self.decode_steps}
+
+    def reset(self) -> None:
+        self.decode_steps = 0
+
+
+def test_counters_travel_with_the_internal_state() -> None:
+    scheduler = types.SimpleNamespace(llm42=types.SimpleNamespace(statistics=_Statistics()))
+    result = types.SimpleNamespace(internal_state={"theirs": 1})
+    internal_state.get_internal_state(result, scheduler, None)
+    assert result.internal_state == {"theirs": 1, "llm42": {"decode_steps": 3}}
+
+    reset = SetInternalStateReq(server_args={internal_state.RESET_KEY: 1})
+    answer = internal_state.set_internal_state(
+        lambda *args: pytest.fail("SGLang refuses it"), scheduler, reset
+    )
+    assert answer.updated is True and scheduler.llm42.statistics.decode_steps == 0
+
+    other = SetInternalStateReq(server_args={"pp_max_micro_batch_size": 1})
+    assert internal_state.set_internal_state(lambda scheduler, req: req, scheduler, other) is other
+
+
+# Frontend programs
+
+
+def test_frontend_generations_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.lang.backend import runtime_endpoint
+    from sglang.lang.ir import SglSamplingParams
+
+    from sglang_ext.llm42.frontend import DeterministicEndpoint
+
+    sent: list[dict[str, Any]] = []
+
+    def http_request(url: str, json: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        if url.endswith("/get_model_info"):
+            return types.SimpleNamespace(status_code=200, json=lambda: {"model_path": "a-model"})
+        sent.append(json or {})
+        answer = {"text": "b", "meta_info": {}}
+        return types.SimpleNamespace(status_code=200, json=lambda: answer, iter_lines=lambda **kw: [])
+
+    monkeypatch.setattr(runtime_endpoint, "http_request", http_request)
+    endpoint = DeterministicEndpoint("http://server", seed=7)
+    program = types.SimpleNamespace(text_="a", images_=[])
+    params = SglSamplingParams(temperature=0.5, max_new_tokens=9)
+    assert endpoint.generate(program, params) == ("b", {})  # type: ignore[arg-type]
+    list(endpoint.generate_stream(program, params))  # type: ignore[arg-type]
+    for body in sent:
+        assert marks.mark_of(body["sampling_params"]) is True
+        assert body["sampling_params"]["sampling_seed"] == 7
+        assert body["sampling_params"]["max_new_tokens"] == 9

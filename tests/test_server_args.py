@@ -1,0 +1,283 @@
+"""Our command-line flags: parsing, refusals, the way to other processes, and the launcher's messages."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import types
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from sglang_ext import hooks, launch_server
+from sglang_ext.llm42 import requirements
+
+hooks.install(hooks.Feature.FLAGS)
+
+from sglang.srt import server_args as sglang_server_args  # noqa: E402
+
+from sglang_ext.server_args import ServerArgs  # noqa: E402
+
+#: A model path for which SGLang resolves nothing, so that arguments are fast to make.
+DUMMY = "dummy"
+
+
+def _parse(*flags: str) -> ServerArgs:
+    return sglang_server_args.prepare_server_args(["--model", DUMMY, *flags])  # type: ignore[return-value]
+
+
+def test_class_is_in_place_everywhere() -> None:
+    from sglang.srt.entrypoints.engine import Engine
+
+    assert sglang_server_args.ServerArgs is ServerArgs
+    assert Engine.server_args_class is ServerArgs
+
+
+def test_flags_reach_the_arguments() -> None:
+    args = _parse(
+        *("--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-batch-size", "2"),
+        *("--llm42-max-wait-steps", "7", "--llm42-mark-all", "--max-running-requests", "5"),
+    )
+    assert isinstance(args, ServerArgs)
+    assert args.enable_llm42 is True
+    assert (args.llm42_window_size, args.llm42_verify_batch_size, args.llm42_max_wait_steps) == (16, 2, 7)
+    assert args.llm42_mark_all is True
+    assert args.max_running_requests == 5
+
+
+def test_defaults() -> None:
+    args = _parse()
+    assert args.enable_llm42 is False
+    assert (args.llm42_window_size, args.llm42_verify_batch_size) == (64, 8)
+    assert args.llm42_mark_all is False
+
+
+@pytest.mark.parametrize("mode", ["1", "2", "3"])
+def test_mode_numbers_of_the_original(mode: str) -> None:
+    assert _parse("--enable-llm42", mode).enable_llm42 is True
+    assert ServerArgs(model_path=DUMMY, enable_llm42=int(mode)).enable_llm42 is True
+
+
+@pytest.mark.parametrize("value", [0, 4, -1, "x", "1", 1.0])
+def test_nonsense_mode_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="--enable-llm42"):
+        ServerArgs(model_path=DUMMY, enable_llm42=value)
+
+
+@pytest.mark.parametrize("value", ["0", "4", "x"])
+def test_nonsense_mode_is_refused_on_the_command_line(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        _parse("--enable-llm42", value)
+    assert exit_info.value.code == 2
+    assert "--enable-llm42" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("llm42_window_size", [0, -1, requirements.MAX_WINDOW_SIZE + 1, True, "8"]),
+        ("llm42_verify_batch_size", [0, -8, 1.5]),
+        ("llm42_max_wait_steps", [-1, None]),
+    ],
+)
+def test_nonsense_numbers_are_refused(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match="--" + field.replace("_", "-")):
+            ServerArgs(model_path=DUMMY, **{field: value})
+
+
+def test_edges_are_accepted() -> None:
+    ServerArgs(model_path=DUMMY, llm42_window_size=1, llm42_verify_batch_size=1, llm42_max_wait_steps=0)
+    ServerArgs(model_path=DUMMY, llm42_window_size=requirements.MAX_WINDOW_SIZE)
+
+
+def test_mark_all_needs_the_feature() -> None:
+    with pytest.raises(ValueError, match="--llm42-mark-all needs --enable-llm42"):
+        ServerArgs(model_path=DUMMY, llm42_mark_all=True)
+
+
+#: One setting for each refused flag; the test below checks that no row is left out.
+REFUSED: list[dict[str, Any]] = [
+    {"speculative_algorithm": "NGRAM"},
+    {"pp_size": 2},
+    {"enable_mixed_chunk": True},
+    {"enable_dp_attention": True},
+    {"enable_prefill_cp": True},
+    {"enable_hierarchical_cache": True},
+    {"enable_hisparse": True},
+    {"enable_lmcache": True},
+    {"enable_flexkv": True},
+    {"radix_cache_backend": "mine"},
+    {"enable_streaming_session": True},
+    {"disaggregation_mode": "prefill"},
+    {"enable_deterministic_inference": True},
+    {"enable_lora": True},
+    {"enable_two_batch_overlap": True},
+    {"enable_pdmux": True},
+    {"tokenizer_worker_num": 2},
+    {"smg_grpc_mode": True},
+    {"dllm_algorithm": "LowConfidence"},
+    {"is_embedding": True},
+    {"encoder_only": True},
+]
+
+
+@pytest.mark.parametrize("setting", REFUSED, ids=lambda setting: next(iter(setting)))
+def test_unsupported_flags_are_refused_by_name(setting: dict[str, Any]) -> None:
+    flag = "--" + next(iter(setting)).replace("_", "-")
+    flag = {"--pp-size": "--pp-size > 1"}.get(flag, flag)
+    with pytest.raises(ValueError, match=flag) as error:
+        ServerArgs(model_path=DUMMY, enable_llm42=True, **setting)
+    assert str(error.value).count("--enable-llm42") == 1, "one sentence"
+    ServerArgs(model_path=DUMMY, **setting)
+
+
+def test_every_refused_flag_is_tried() -> None:
+    found = {row.what for s in REFUSED for row in requirements.FLAGS if row.applies(_plain_arguments(**s))}
+    assert found == {row.what for row in requirements.FLAGS}
+    assert not [row.what for row in requirements.FLAGS if row.applies(_plain_arguments())]
+
+
+def _plain_arguments(**settings: Any) -> ServerArgs:
+    return ServerArgs(model_path=DUMMY, **settings)
+
+
+def test_mark_in_preferred_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="--llm42-mark-all"):
+        ServerArgs(
+            model_path=DUMMY,
+            enable_llm42=True,
+            preferred_sampling_params={"is_deterministic": True},  # type: ignore[arg-type]
+        )
+
+
+def _model(**traits: Any) -> Any:
+    from sglang.srt.configs.linear_attn_model_registry import get_linear_attn_config
+
+    hf_config = LlamaConfig(architectures=["LlamaForCausalLM"], **traits.pop("text", {}))
+    config: dict[str, Any] = {
+        "is_hybrid_swa": False,
+        "sliding_window_size": None,
+        "is_encoder_decoder": False,
+    }
+    config["linear_attn_registry_result"] = get_linear_attn_config(hf_config)
+    return types.SimpleNamespace(
+        **config | traits, hf_config=hf_config, hf_text_config=hf_config, is_draft_model=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (_model(is_hybrid_swa=True), "sliding-window"),
+        (_model(sliding_window_size=4096), "sliding-window"),
+        (_model(text={"num_local_experts": 8}), "mixture-of-experts"),
+        (_model(is_encoder_decoder=True), "encoder-decoder"),
+    ],
+)
+def test_unsupported_models_are_refused(config: Any, what: str) -> None:
+    args = types.SimpleNamespace(model_path="a-model", get_model_config=lambda: config)
+    (reason,) = requirements.unsupported_model(args)  # type: ignore[arg-type]
+    assert what in reason and "--enable-llm42" in reason
+
+
+def test_plain_models_are_accepted() -> None:
+    unused_window = _model(sliding_window_size=4096, text={"use_sliding_window": False})
+    for config in (_model(), _model(text={"num_experts": 0}), unused_window):
+        args = types.SimpleNamespace(model_path="a-model", get_model_config=lambda config=config: config)
+        assert requirements.unsupported_model(args) == []  # type: ignore[arg-type]
+
+
+def test_state_space_models_are_refused() -> None:
+    from sglang.srt.configs import FalconH1Config
+
+    config = _model()
+    config.hf_config = FalconH1Config()
+    args = types.SimpleNamespace(model_path="a-model", get_model_config=lambda: config)
+    reasons = requirements.unsupported_model(args)  # type: ignore[arg-type]
+    assert any("state-space" in reason for reason in reasons)
+
+
+def test_arguments_survive_the_way_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ServerArgs(model_path=DUMMY, enable_llm42=True, llm42_window_size=16)
+    sent = pickle.dumps(args)
+    installed: list[hooks.Feature] = []
+    monkeypatch.setattr(hooks, "install", installed.append)
+    received = pickle.loads(sent)
+    assert received == args and received.llm42_window_size == 16
+    assert installed == [hooks.Feature.FLAGS], "a process that unpickles the arguments needs our hooks"
+
+
+def test_help_shows_our_flags_in_their_own_group() -> None:
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    text = parser.format_help()
+    group = text[text.index("LLM-42 (sglang_ext)") :]
+    for flag in ("--enable-llm42", "--llm42-window-size", "--llm42-verify-batch-size", "--llm42-mark-all"):
+        assert text.count(f"  {flag}") == 1 and f"  {flag}" in group
+
+
+# The launcher
+
+
+def test_launcher_refuses_another_sglang_version(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hooks, "sglang_version", lambda: "0.6.0")
+    assert launch_server.main(["--model", DUMMY]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "0.6.0" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--enable-llm42", "7"], "--enable-llm42"),
+        (["--enable-llm42", "--pp-size", "2"], "--pp-size"),
+        (["--llm42-window-size", "many"], "--llm42-window-size"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_launcher_names_the_wrong_argument_in_one_line(
+    flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch_server, "_serve", lambda args: pytest.fail("started"))
+    try:
+        status = launch_server.main(["--model", DUMMY, *flags])
+    except SystemExit as exit_info:
+        status = exit_info.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert status == 2
+    assert named in error and error.count("\n") == 1, error
+
+
+def test_launcher_serves_what_was_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[ServerArgs] = []
+    monkeypatch.setattr(launch_server, "_serve", served.append)
+    assert launch_server.main(["--model", DUMMY, "--enable-llm42"]) == 0
+    assert served[0].enable_llm42 is True
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--model", "smollm2"], ["--model", "/made", "--served-model-name", "smollm2"]),
+        (["--model-path=smollm2"], ["--model-path=/made", "--served-model-name", "smollm2"]),
+        (
+            ["--model", "smollm2", "--served-model-name", "demo"],
+            ["--model", "/made", "--served-model-name", "demo"],
+        ),
+        (["--model", "./smollm2"], ["--model", "./smollm2"]),
+        (
+            ["--model", "other", "--tokenizer-path", "smollm2"],
+            ["--model", "other", "--tokenizer-path", "smollm2"],
+        ),
+    ],
+)
+def test_demo_model_alias(given: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_ext import demo_model
+
+    assert demo_model.DEMO_MODEL_NAME == launch_server.DEMO_MODEL
+    monkeypatch.setattr(demo_model, "resolve", lambda name: "/made")
+    assert launch_server.with_demo_model(given) == expected
