@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def write_tiny_llama(
@@ -50,3 +52,25 @@ def write_tiny_llama(
         model = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def make_tokenizer(pieces: Sequence[str]) -> Any:
+    """A tokenizer in which id ``i`` stands for the text ``pieces[i]``, and texts are put together as they are.
+
+    Args:
+        pieces: one text per token id, all different; the first two are beginning and end of sequence.
+
+    Returns:
+        A ``transformers`` tokenizer; it decodes any ids and encodes only what is one piece.
+    """
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=pieces[0],
+        eos_token=pieces[1],
+        clean_up_tokenization_spaces=False,
+    )
