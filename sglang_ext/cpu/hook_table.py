@@ -65,6 +65,24 @@ HOOKS: tuple[Hook, ...] = (
         "seeded sampling: Triton kernel",
     ),
     _row(
+        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
+        Kind.REPLACE,
+        "sampling:apply_grammar_mask_of",
+        "grammar masks: raises on a CPU, where xgrammar's own kernel works",
+    ),
+    _row(
+        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammarBackend.apply_vocab_mask",
+        Kind.REPLACE,
+        "sampling:apply_grammar_mask",
+        "the same for grammars inside reasoning",
+    ),
+    _row(
+        "sglang.srt.constrained.xgrammar_backend._allocate_token_bitmask",
+        Kind.REPLACE,
+        "sampling:allocate_grammar_mask",
+        "grammar masks: pinned memory needs a GPU",
+    ),
+    _row(
         "sglang.srt.utils.numa_utils.init_threads_binding",
         Kind.AROUND,
         "threads:choose_cores",

@@ -56,3 +56,31 @@ def _finish(state: torch.Tensor) -> torch.Tensor:
     state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
     state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
     return state ^ (state >> 16)
+
+
+def apply_grammar_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    """In place of the xgrammar backend's ``apply_vocab_mask``, which knows accelerators only.
+
+    Args:
+        logits: ``[rows, vocabulary]``; tokens that the grammar forbids become -inf in place.
+        vocab_mask: ``[rows, vocabulary / 32]`` int32, a bit per token.
+    """
+    import xgrammar
+
+    xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
+
+
+def apply_grammar_mask_of(grammar: object, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    """The same as a method of SGLang's grammar object."""
+    apply_grammar_mask(logits, vocab_mask)
+
+
+def allocate_grammar_mask(vocab_size: int, batch_size: int) -> torch.Tensor:
+    """In place of the xgrammar backend's allocation, which pins memory for a GPU.
+
+    Returns:
+        ``[batch_size, vocab_size / 32]`` int32, every token allowed.
+    """
+    import xgrammar
+
+    return xgrammar.allocate_token_bitmask(batch_size, vocab_size)

@@ -112,7 +112,7 @@ class CanonicalPass:
 
         batch = self._forward_batch(segments, candidates)
         self._attention.init_forward_metadata(batch)
-        with forward_context(ForwardContext(attn_backend=self._attention)):  # type: ignore[arg-type]
+        with forward_context(ForwardContext(attn_backend=self._attention)):
             output = self.model_runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits.view(self.segments, self.rows, -1)
 
@@ -171,7 +171,9 @@ class CanonicalPass:
         known += [[PADDING_TOKEN] * self.rows] * (self.segments - len(segments))
         ids = self._to_device(known)
         if any(s.kind is SegmentKind.VERIFY for s in segments):
-            verify = [s.kind is SegmentKind.VERIFY for s in segments] + [False] * (self.segments - len(segments))
+            verify = [s.kind is SegmentKind.VERIFY for s in segments] + [False] * (
+                self.segments - len(segments)
+            )
             from_table = used & self._to_device(verify)[:, None]
             ids = torch.where(from_table, candidates.read(pool[:, None], positions), ids)
         return ids.reshape(-1)

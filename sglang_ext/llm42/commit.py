@@ -60,6 +60,7 @@ def _append_verdict(req: Req, state: DeterministicRequest, verdict: Verdict) -> 
         if req.finished():
             break
     kept = list(req.output_ids[start:])
+    state.output_logprobs.extend(verdict.logprobs[: len(kept)])
     if verdict.ends_prefill:
         state.log.commit_prefill(len(req.origin_input_ids), req.cached_tokens, kept[0])
         state.insert_prompt = True

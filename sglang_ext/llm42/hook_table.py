@@ -81,6 +81,12 @@ HOOKS: tuple[Hook, ...] = (
         "canonical prompts enter the radix cache when complete; commit logs close",
     ),
     _row(
+        f"{_RESULTS}._apply_decode_logprobs",
+        Kind.AROUND,
+        "apply_logprobs",
+        "log-probabilities of marked requests come from canonical logits",
+    ),
+    _row(
         f"{_BATCH}.Req.update_finish_state",
         Kind.AROUND,
         "update_finish_state",

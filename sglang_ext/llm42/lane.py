@@ -10,18 +10,18 @@ last committed token: everything before it has canonical KV, and its candidates 
 
 A verification segment takes the rows ``base .. base+r-1`` with ``r = min(pending, W)``; row ``i`` judges the
 candidate at ``base+i+1``. The next decode step writes KV at ``base+pending``, behind every one of these
-rows, so a request may keep decoding while its segment is verified (DESIGN: decode, verify, commit, roll back).
+rows, so a request may keep decoding while its segment is verified.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 
-class SegmentKind(str, Enum):
+class SegmentKind(StrEnum):
     """What a segment is for."""
 
     PROMPT = "prompt"  # known tokens whose canonical KV is missing

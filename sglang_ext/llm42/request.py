@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sglang_ext.llm42 import logit_processing
 from sglang_ext.llm42.commit_log import CommitLog
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.lane import LaneRequest
@@ -13,6 +14,8 @@ from sglang_ext.llm42.sampling import DEFAULT_SEED
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_ext.llm42.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class Verdict:
         matched: how many of them are candidates that agreed.
         candidates: candidates outstanding when the pass was applied.
         ends_prefill: whether the (single) token follows the prompt rather than a window.
+        logprobs: one entry per token if the request asked for log-probabilities, else empty.
     """
 
     tokens: tuple[int, ...]
     matched: int
     candidates: int
     ends_prefill: bool
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(eq=False)
@@ -45,6 +50,10 @@ class DeterministicRequest:
         stashed_finish: finish reason and length found while committing token by token, until SGLang asks.
         committing: whether tokens are being checked right now.
         insert_prompt: whether the prompt's canonical KV is complete but not yet in the radix cache.
+        prompt_logprobs: log-probabilities of prompt tokens found so far, in order of position.
+        output_logprobs: those of committed output tokens that SGLang has not taken over yet.
+        decided: all output tokens that passes have decided, committed or not.
+        matcher: grammar matcher that has accepted ``decided``, None without a grammar.
     """
 
     seed: int
@@ -55,16 +64,41 @@ class DeterministicRequest:
     stashed_finish: tuple[Any, int | None] | None = None
     committing: bool = False
     insert_prompt: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    output_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    decided: list[int] = field(default_factory=list)
+    matcher: Any = None
 
     def admit(self, req: Req) -> LaneRequest:
-        """Enter the lane: memory for all known tokens is allocated, canonical KV stands for the cached prefix."""
+        """Enter the lane: all known tokens have memory, the cached prefix has canonical KV in it."""
         cached = len(req.prefix_indices)
+        self.prompt_logprobs.clear()
+        self.decided = list(req.output_ids)
+        self.matcher = logit_processing.new_matcher(req, self.decided)
         self.lane = LaneRequest(
             known_end=len(req.full_untruncated_fill_ids),
             max_end=len(req.origin_input_ids) + req.sampling_params.max_new_tokens,
             canonical_end=cached,
         )
         return self.lane
+
+    def decide(self, verdict: Verdict) -> None:
+        """A pass decided the request's next tokens."""
+        self.verdicts.append(verdict)
+        self.decided += verdict.tokens
+        if self.matcher is not None:
+            self._advance_matcher(verdict.tokens)
+
+    def _advance_matcher(self, tokens: tuple[int, ...]) -> None:
+        for token in tokens:
+            if self.matcher.is_terminated():
+                return
+            try:
+                self.matcher.accept_token(token)
+            except ValueError:
+                # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
+                self.matcher = None
+                return
 
     def leave(self) -> None:
         """Leave the lane: the request gives its memory back. What was decided but not committed is dropped;

@@ -156,9 +156,7 @@ def nonsense(args: ServerArgs) -> list[str]:
     """One sentence for each flag of ours whose value makes no sense."""
     found = []
     if not _is_int(args.llm42_window_size) or not 1 <= args.llm42_window_size <= MAX_WINDOW_SIZE:
-        found.append(
-            f"--llm42-window-size must be 1 to {MAX_WINDOW_SIZE}, not {args.llm42_window_size!r}."
-        )
+        found.append(f"--llm42-window-size must be 1 to {MAX_WINDOW_SIZE}, not {args.llm42_window_size!r}.")
     if not _is_int(args.llm42_verify_batch_size) or args.llm42_verify_batch_size < 1:
         found.append(f"--llm42-verify-batch-size must be at least 1, not {args.llm42_verify_batch_size!r}.")
     if not _is_int(args.llm42_max_wait_steps) or args.llm42_max_wait_steps < 0:

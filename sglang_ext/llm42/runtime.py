@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_ext.llm42 import logit_processing, logprobs, sampling
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42 import sampling
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
 from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
@@ -69,12 +69,16 @@ class LaunchedPass:
         offsets: first index of each segment in ``judged``; None where a segment decides nothing.
         judged: canonical token of every deciding row, shape ``[n]``.
         candidates: the candidate that each of these rows judges (0 for prompts), shape ``[n]``.
+        output_logits: logits of deciding rows by index, where log-probabilities are wanted.
+        prompt_logits: logits of prompt rows by position and segment number, likewise.
     """
 
     segments: list[tuple[Segment, Req]]
     offsets: list[int | None]
     judged: torch.Tensor
     candidates: torch.Tensor
+    output_logits: dict[int, torch.Tensor]
+    prompt_logits: list[tuple[int, int, torch.Tensor]]
 
 
 class Runtime:
@@ -86,9 +90,7 @@ class Runtime:
         attention: factory of the row-invariant attention backend for the canonical pass.
     """
 
-    def __init__(
-        self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory
-    ) -> None:
+    def __init__(self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory) -> None:
         lane = config.lane
         self.config = config
         self.device = model_runner.device
@@ -195,20 +197,24 @@ class Runtime:
         are set aside first. Candidates drawn with the noise of verification usually survive it.
         """
         step, self._sampling_step = self._sampling_step, None
-        if step is None or not step.drafting:
+        if step is None:
             return sample_batch()
-        rows = torch.tensor(step.drafting, device=self.device)
+        # With a grammar SGLang samples only after the previous result, which may have ended a request.
+        drafting = [row for row in step.drafting if self._lane(step.reqs[row]) is not None]
+        if not drafting:
+            return sample_batch()
+        rows = torch.tensor(drafting, device=self.device)
         logits = logits_output.next_token_logits[rows].clone()
         token_ids = sample_batch()
-        reqs = [step.reqs[row] for row in step.drafting]
-        positions = torch.tensor([step.positions[row] + 1 for row in step.drafting], device=self.device)
+        reqs = [step.reqs[row] for row in drafting]
+        lanes = [lane for req in reqs if (lane := self._lane(req)) is not None]
+        logits = self._process(logits, reqs, [lane.pending for lane in lanes])
+        positions = torch.tensor([step.positions[row] + 1 for row in drafting], device=self.device)
         drafted = sampling.sample(logits, sampling_rows(reqs, self.device), positions)
         pool = torch.tensor([req.req_pool_idx for req in reqs], device=self.device)
         self._table.write(pool, positions, drafted)
-        for req in reqs:
-            lane = deterministic.of(req).lane  # type: ignore[union-attr]
-            if lane is not None:
-                lane.drafted()
+        for lane in lanes:
+            lane.drafted()
         token_ids[rows] = drafted.to(token_ids.dtype)
         return token_ids
 
@@ -256,14 +262,55 @@ class Runtime:
             positions += [segment.start + row + 1 for row in rows]
             pools += [req.req_pool_idx] * len(rows)
             reqs += [req] * len(rows)
+        prompt_logits = [
+            (g, segment.start + row, logits[g, row].clone())
+            for g, (segment, req) in enumerate(owned)
+            for row in logprobs.prompt_rows(segment, req)
+        ]
         where = torch.tensor(index, dtype=torch.int64, device=self.device).reshape(-1, 2)
         position = torch.tensor(positions, dtype=torch.int64, device=self.device)
-        judged = sampling.sample(logits[where[:, 0], where[:, 1]], sampling_rows(reqs, self.device), position)
         pool = torch.tensor(pools, dtype=torch.int64, device=self.device)
-        return LaunchedPass(owned, offsets, judged, self._table.read(pool, position))
+        earlier = [row if owned[g][0].kind is SegmentKind.VERIFY else 0 for g, row in index]
+        deciding = self._process(logits[where[:, 0], where[:, 1]], reqs, earlier)
+        output_logits = {i: deciding[i] for i, req in enumerate(reqs) if logprobs.wants_output(req)}
+        judged = sampling.sample(deciding, sampling_rows(reqs, self.device), position)
+        drafted = self._table.read(pool, position)
+        return LaunchedPass(owned, offsets, judged, drafted, output_logits, prompt_logits)
+
+    def _process(self, logits: torch.Tensor, reqs: Sequence[Req], earlier: Sequence[int]) -> torch.Tensor:
+        """Apply penalties, grammars and the like to rows that need it.
+
+        Args:
+            logits: one row per entry of ``reqs``, ours to change.
+            earlier: number of candidates in front of each row.
+
+        Returns:
+            The logits to sample from: ``logits`` itself, or its float32 copy.
+        """
+        concerned = [row for row, req in enumerate(reqs) if logit_processing.required(req)]
+        if not concerned:
+            return logits
+        logits = logits.float()
+        for row in concerned:
+            req = reqs[row]
+            state = deterministic.of(req)
+            assert state is not None and state.lane is not None
+            first = (state.lane.base if state.lane.base is not None else state.lane.known_end) + 1
+            positions = torch.arange(first, first + earlier[row], device=self.device)
+            pool = torch.full_like(positions, req.req_pool_idx)
+            candidates = self._table.read(pool, positions)
+            view = logit_processing.RowView(state.decided, candidates, state.matcher)
+            logit_processing.apply(logits[row], req, view)
+        return logits
+
+    @staticmethod
+    def _lane(req: Req) -> LaneRequest | None:
+        state = deterministic.of(req)
+        return None if state is None else state.lane
 
     def _apply(self, launched: LaunchedPass) -> None:
         judged, candidates = launched.judged.tolist(), launched.candidates.tolist()
+        self._note_prompt_logprobs(launched)
         corrected: list[tuple[int, int, int]] = []
         for (segment, req), offset in zip(launched.segments, launched.offsets, strict=True):
             lane = segment.request
@@ -273,7 +320,8 @@ class Runtime:
             if segment.kind is SegmentKind.PROMPT:
                 if lane.prompt_done(segment.rows):
                     assert offset is not None
-                    state.verdicts.append(Verdict((judged[offset],), 0, 0, ends_prefill=True))
+                    entries = _output_logprobs(launched, req, offset, judged[offset : offset + 1])
+                    state.decide(Verdict((judged[offset],), 0, 0, True, entries))
                     corrected.append((req.req_pool_idx, lane.known_end, judged[offset]))
                 continue
             assert offset is not None
@@ -282,8 +330,9 @@ class Runtime:
             outstanding = lane.pending
             committed = lane.verify_done(segment.rows, matched)
             tokens = tuple(judged[window][:committed])
-            verdict = Verdict(tokens, matched, outstanding, ends_prefill=False)
-            state.verdicts.append(verdict)
+            entries = _output_logprobs(launched, req, offset, tokens)
+            verdict = Verdict(tokens, matched, outstanding, False, entries)
+            state.decide(verdict)
             self.statistics.count_verdict(verdict)
             if matched < segment.rows:
                 assert lane.base is not None
@@ -291,6 +340,26 @@ class Runtime:
         if corrected:
             pool, position, token = torch.tensor(corrected, device=self.device).T
             self._table.write(pool, position, token)
+
+    def _note_prompt_logprobs(self, launched: LaunchedPass) -> None:
+        for g, position, logits in launched.prompt_logits:
+            segment, req = launched.segments[g]
+            state = deterministic.of(req)
+            if state is not None and state.lane is segment.request:
+                token = req.origin_input_ids[position + 1]
+                state.prompt_logprobs.append(logprobs.of_prompt_row(logits, token, req))
+
+
+def _output_logprobs(
+    launched: LaunchedPass, req: Req, offset: int, tokens: Sequence[int]
+) -> tuple[logprobs.TokenLogprobs, ...]:
+    """Log-probabilities of ``tokens``, decided by the rows from ``offset`` on; empty if not wanted."""
+    if not logprobs.wants_output(req):
+        return ()
+    return tuple(
+        logprobs.of_output_row(launched.output_logits[offset + i], token, req)
+        for i, token in enumerate(tokens)
+    )
 
 
 def sampling_rows(reqs: Sequence[Req], device: Any) -> sampling.SamplingRows:
@@ -317,7 +386,11 @@ def empty_result(rows: int, batch: ScheduleBatch) -> GenerationBatchResult:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.managers.utils import GenerationBatchResult
 
+    logits_output = LogitsProcessorOutput(next_token_logits=None)
+    if batch.return_logprob:
+        # SGLang converts these for every row; marked rows take theirs from canonical logits.
+        logits_output.next_token_logprobs = torch.zeros(rows, device=batch.device)
     return GenerationBatchResult(
-        logits_output=LogitsProcessorOutput(next_token_logits=None),
+        logits_output=logits_output,
         next_token_ids=torch.zeros(rows, dtype=torch.int64, device=batch.device),
     )

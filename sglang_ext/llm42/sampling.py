@@ -55,11 +55,14 @@ _WEIGHT_SCALE = 2.0**40
 # top_k or top_p reach them; tried in this order.
 _SORT_DEPTHS = (5.0, 12.0, math.inf)
 
-# CPU blocks. torch splits elementwise loops of more than 32768 elements over threads, and transcendental
-# ones of more than 2048. Staying below keeps the bits independent of the thread count, and small steps
-# cost microseconds instead of a thread wake-up each.
+_LOG2_E = math.log2(math.e)
+
+# CPU blocks. torch splits elementwise loops of more than 32768 elements over threads (log1p: 2048).
+# Staying below keeps the bits independent of the thread count, and a step costs microseconds instead of
+# a thread wake-up, which on a busy machine takes milliseconds. torch.log and torch.exp are avoided on
+# CPU: they go to MKL, which starts threads from 256 elements on.
 _BLOCK = 32768
-_TRANSCENDENTAL_BLOCK = 2048
+_LOG1P_BLOCK = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,11 +275,9 @@ def _gumbel_of_hash(hashed: Tensor) -> Tensor:
     noise = hashed.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=_LARGEST_UNIFORM).neg_()
     if noise.device.type != "cpu":
         return noise.log1p_().neg_().log_().neg_()
-    chunks = noise.split(_TRANSCENDENTAL_BLOCK)
-    torch._foreach_log1p_(chunks)
-    noise.neg_()
-    torch._foreach_log_(chunks)
-    return noise.neg_()
+    for chunk in noise.split(_LOG1P_BLOCK):
+        chunk.log1p_()
+    return torch.xlogy(-1.0, noise.neg_())
 
 
 # All rows at once: any device
@@ -315,7 +316,7 @@ def _argmax_lowest(values: Tensor) -> Tensor:
 def _keep_mask(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Which tokens survive, bool [rows, vocab]; everything true for a row without truncation."""
     ordered, order = scaled.sort(dim=1, descending=True, stable=True)
-    weights = (ordered - ordered[:, :1]).exp_()
+    weights = _exp_(ordered - ordered[:, :1])
     mass = _integer_mass(weights)
     cumulated = mass.cumsum(dim=1)
     limit = _mass_limit(cumulated[:, -1], top_p)
@@ -338,7 +339,12 @@ def _mass_limit(total: Tensor, top_p: Tensor) -> Tensor:
 
 def _log_softmax_rows(logits: Tensor) -> Tensor:
     shifted = logits - logits.amax(dim=-1, keepdim=True)
-    return shifted - _fold_sum(shifted.exp()).log()
+    return shifted - _fold_sum(_exp_(shifted.clone())).log()
+
+
+def _exp_(values: Tensor) -> Tensor:
+    """exp in place, for values up to 0; relative error below 1e-5 wherever the result matters."""
+    return values.mul_(_LOG2_E).exp2_()
 
 
 def _fold_sum(values: Tensor) -> Tensor:
@@ -402,7 +408,7 @@ def _argmax_row(values: Tensor) -> int:
 def _argmax_among(scores: Tensor, kept: Tensor) -> int:
     if len(kept) == 0:
         return 0  # only a row with NaN or without a finite logit keeps nothing
-    values = scores[kept]
+    values = scores.index_select(0, kept)
     return int(kept[values == values.amax()].amin())
 
 
@@ -417,7 +423,7 @@ def _kept_ids(scaled: Tensor, params: RowParams, top_p: Tensor, min_p: Tensor) -
     weights = torch.empty_like(scaled)
     for block, out in zip(blocks, weights.split(_BLOCK), strict=True):
         torch.sub(block, top, out=out)
-        torch._foreach_exp_(out.split(_TRANSCENDENTAL_BLOCK))
+        _exp_(out)
     if not params.ordered:
         return _ids_at_least(weights, min_p)
     total = torch.stack([_integer_mass(block).sum() for block in weights.split(_BLOCK)]).sum()
@@ -425,8 +431,8 @@ def _kept_ids(scaled: Tensor, params: RowParams, top_p: Tensor, min_p: Tensor) -
 
     for depth in _SORT_DEPTHS:
         ids = _ids_at_least(scaled, top - depth)
-        ids = ids[scaled[ids].sort(descending=True, stable=True).indices]
-        kept_weights = weights[ids]
+        ids = ids.index_select(0, scaled.index_select(0, ids).sort(descending=True, stable=True).indices)
+        kept_weights = weights.index_select(0, ids)
         mass = _integer_mass(kept_weights)
         keep = (torch.arange(len(ids)) < params.top_k) & (mass.cumsum(0) - mass <= limit)
         if len(ids) == len(scaled) or (len(ids) > 0 and not keep[-1]):
@@ -449,9 +455,7 @@ def _log_softmax_cpu_row(logits: Tensor, out: Tensor) -> None:
     for source, block in zip(logits.split(_BLOCK), out.split(_BLOCK), strict=True):
         block.copy_(source).sub_(top)
         # A buffer of its own: a row of the result may start at any address.
-        weights = block.clone()
-        torch._foreach_exp_(weights.split(_TRANSCENDENTAL_BLOCK))
-        sums.append(_fold_sum(weights))
+        sums.append(_fold_sum(_exp_(block.clone())))
     log_total = _fold_sum(torch.cat(sums)).log()
     for block in out.split(_BLOCK):
         block.sub_(log_total)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_ext.llm42 import allocation
+from sglang_ext.llm42 import allocation, logprobs
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.attention import canonical_attention_factory
 from sglang_ext.llm42.commit import commit
@@ -149,7 +149,11 @@ def prepare_for_decode(original: Callable[..., None], batch: ScheduleBatch) -> N
 
 
 def forward_batch_generation(
-    original: Callable[..., GenerationBatchResult], worker: Any, batch: ScheduleBatch | None, *args: Any, **kw: Any
+    original: Callable[..., GenerationBatchResult],
+    worker: Any,
+    batch: ScheduleBatch | None,
+    *args: Any,
+    **kw: Any,
 ) -> GenerationBatchResult:
     """Around ``TpModelWorker.forward_batch_generation``."""
     if batch is None:
@@ -171,7 +175,9 @@ def _skip_prefill(batch: ScheduleBatch) -> GenerationBatchResult:
     return empty_result(len(batch.reqs), batch)
 
 
-def sample(original: Callable[..., torch.Tensor], model_runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+def sample(
+    original: Callable[..., torch.Tensor], model_runner: Any, logits_output: Any, forward_batch: Any
+) -> Any:
     """Around ``ModelRunner.sample``."""
     return runtime().sample(logits_output, lambda: original(model_runner, logits_output, forward_batch))
 
@@ -203,7 +209,7 @@ def decode_outputs(
     step: DecodeStep | None = getattr(result, "llm42", None)
     if step is None:
         return None
-    token_ids, logprobs = output
+    token_ids, token_logprobs = output
     drafting = set(step.drafting)
     committed = 0
     for row, req in enumerate(batch.reqs):
@@ -217,7 +223,7 @@ def decode_outputs(
         token_ids[row] = commit(req, step.verdicts.get(row, ()))
         committed += len(token_ids[row]) - 1
     processor.metrics_reporter.num_generated_tokens += committed
-    return token_ids, logprobs
+    return token_ids, token_logprobs
 
 
 def _may_end(req: Req, token: int) -> bool:
@@ -246,6 +252,18 @@ def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **k
         state.insert_prompt = False
         req.time_stats.set_prefill_finished_time()
         maybe_cache_unfinished_req(req, processor.tree_cache)
+
+
+def apply_logprobs(original: Callable[..., None], processor: Any, *, req: Req, **kwargs: Any) -> None:
+    """Around ``_apply_decode_logprobs``: a marked request reports what canonical logits say."""
+    state = deterministic.of(req)
+    if state is None:
+        original(processor, req=req, **kwargs)
+        return
+    if req.output_ids:
+        logprobs.finish_prompt(req, state.prompt_logprobs)
+    logprobs.append_output(req, state.output_logprobs)
+    state.output_logprobs.clear()
 
 
 def accept_for_streaming(original: Callable[..., None], accumulator: Any, *, req: Req) -> None:

@@ -103,7 +103,7 @@ def check_row_invariance(
 
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_rows_are_invariant(vocab: int, threads: int) -> None:
-    counts = [2, 3, 7] if vocab > 10_000 else [2, 3, 5, 8, 17]
+    counts = [2, 5] if vocab > 10_000 else [2, 3, 8, 17]
     check_row_invariance(sample, vocab, counts)
 
 

@@ -25,9 +25,7 @@ class Refusal:
     reason: str
 
 
-_NO_LOGPROBS = "canonical log-probabilities are not returned yet"
-_NO_PENALTIES = "canonical logits are not penalised yet"
-_NO_GRAMMAR = "canonical logits are not constrained by grammars yet"
+_NO_THINKING_BUDGET = "the budget is counted in SGLang's own sampler"
 _NO_MEDIA = "only text prompts are computed canonically"
 _NOT_RETURNED = "canonical passes do not return it"
 
@@ -49,29 +47,16 @@ REFUSED_PER_REQUEST: tuple[Refusal, ...] = (
     Refusal("image_data", lambda obj, req: _has(obj.image_data), _NO_MEDIA),
     Refusal("video_data", lambda obj, req: _has(obj.video_data), _NO_MEDIA),
     Refusal("audio_data", lambda obj, req: _has(obj.audio_data), _NO_MEDIA),
-    Refusal("return_logprob", lambda obj, req: req.return_logprob, _NO_LOGPROBS),
-    Refusal("return_sampling_mask", lambda obj, req: req.return_sampling_mask, _NO_LOGPROBS),
+    Refusal("return_sampling_mask", lambda obj, req: req.return_sampling_mask, _NOT_RETURNED),
     Refusal("return_entropy", lambda obj, req: obj.return_entropy, _NOT_RETURNED),
     Refusal("return_hidden_states", lambda obj, req: req.return_hidden_states, _NOT_RETURNED),
     Refusal("return_routed_experts", lambda obj, req: req.return_routed_experts, _NOT_RETURNED),
     Refusal("return_indexer_topk", lambda obj, req: req.return_indexer_topk, _NOT_RETURNED),
-    Refusal("multi_item_delimiter_indices", lambda obj, req: req.multi_item_delimiter_indices, _NO_LOGPROBS),
-    Refusal("json_schema", lambda obj, req: req.sampling_params.json_schema, _NO_GRAMMAR),
-    Refusal("regex", lambda obj, req: req.sampling_params.regex, _NO_GRAMMAR),
-    Refusal("ebnf", lambda obj, req: req.sampling_params.ebnf, _NO_GRAMMAR),
-    Refusal("structural_tag", lambda obj, req: req.sampling_params.structural_tag, _NO_GRAMMAR),
-    Refusal("frequency_penalty", lambda obj, req: req.sampling_params.frequency_penalty != 0, _NO_PENALTIES),
-    Refusal("presence_penalty", lambda obj, req: req.sampling_params.presence_penalty != 0, _NO_PENALTIES),
-    Refusal(
-        "repetition_penalty", lambda obj, req: req.sampling_params.repetition_penalty != 1, _NO_PENALTIES
-    ),
-    Refusal("logit_bias", lambda obj, req: req.sampling_params.logit_bias, _NO_PENALTIES),
-    Refusal("min_new_tokens", lambda obj, req: req.sampling_params.min_new_tokens > 0, _NO_PENALTIES),
-    Refusal("custom_logit_processor", lambda obj, req: req.custom_logit_processor, _NO_PENALTIES),
+    Refusal("multi_item_delimiter_indices", lambda obj, req: req.multi_item_delimiter_indices, _NOT_RETURNED),
     Refusal(
         "max_thinking_tokens",
         lambda obj, req: "thinking_budget" in (req.sampling_params.custom_params or {}),
-        _NO_GRAMMAR,
+        _NO_THINKING_BUDGET,
     ),
     Refusal("lora_path", lambda obj, req: req.lora_id, "canonical passes do not apply adapters yet"),
     Refusal(

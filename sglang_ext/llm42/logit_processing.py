@@ -1,0 +1,139 @@
+"""Penalties, grammars, biases and custom processors of deterministic requests, row by row.
+
+SGLang processes the logits of a decode batch with state that has seen every token of the request. A row of
+a canonical pass stands somewhere inside the request's candidates, so here each row is processed as if the
+request had ended just before it: with the tokens decided so far and the candidates in front of the row.
+The order of the steps is SGLang's: additive penalties, repetition penalty, grammar, logit bias, custom
+processor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class RowView(NamedTuple):
+    """What a row may know of its request.
+
+    Attributes:
+        decided: output tokens that canonical passes decided.
+        candidates: ids of the candidates in front of the row, int64, on the logits' device.
+        grammar: matcher that has accepted ``decided``, or None.
+    """
+
+    decided: Sequence[int]
+    candidates: torch.Tensor
+    grammar: Any
+
+
+def required(req: Req) -> bool:
+    """Whether the logits of ``req`` are changed at all before sampling."""
+    params = req.sampling_params
+    return bool(
+        params.frequency_penalty
+        or params.presence_penalty
+        or params.repetition_penalty != 1.0
+        or params.min_new_tokens > 0
+        or params.logit_bias
+        or req.grammar is not None
+        or req.custom_logit_processor
+    )
+
+
+def apply(logits: torch.Tensor, req: Req, view: RowView) -> None:
+    """Process one row in place; ``logits`` is float32 of shape ``[vocabulary]``."""
+    _penalise(logits, req, view)
+    if view.grammar is not None:
+        _constrain(logits, view)
+    if req.sampling_params.logit_bias:
+        for token, bias in req.sampling_params.logit_bias.items():
+            logits[int(token)] += bias
+    if req.custom_logit_processor:
+        _custom(logits, req, view)
+
+
+def new_matcher(req: Req, decided: Sequence[int]) -> Any:
+    """A matcher of the request's own grammar that has accepted ``decided``; None without a grammar.
+
+    SGLang's own matcher follows the committed output, which lags behind what passes have decided.
+    """
+    if req.grammar is None:
+        return None
+    matcher = req.grammar.copy()
+    for token in decided:
+        matcher.accept_token(token)
+    return matcher
+
+
+def _penalise(logits: torch.Tensor, req: Req, view: RowView) -> None:
+    params = req.sampling_params
+    additive = params.frequency_penalty or params.presence_penalty
+    if additive or params.repetition_penalty != 1.0:
+        counts = torch.zeros_like(logits)
+        seen = torch.tensor(list(view.decided), dtype=torch.int64, device=logits.device)
+        for tokens in (seen, view.candidates):
+            counts.scatter_add_(0, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+        present = counts > 0
+        logits -= params.frequency_penalty * counts
+        logits -= params.presence_penalty * present
+        if params.repetition_penalty != 1.0:
+            scaled = torch.where(
+                logits < 0, logits * params.repetition_penalty, logits / params.repetition_penalty
+            )
+            logits.copy_(torch.where(present, scaled, logits))
+    if len(view.decided) + len(view.candidates) < params.min_new_tokens:
+        logits[torch.tensor(_stop_tokens(req), dtype=torch.int64, device=logits.device)] = float("-inf")
+
+
+def _stop_tokens(req: Req) -> list[int]:
+    """Token ids that ``min_new_tokens`` holds back."""
+    tokens = set(req.sampling_params.stop_token_ids or ())
+    if req.tokenizer is not None:
+        tokens |= set(req.tokenizer.additional_stop_token_ids or ())
+        if req.tokenizer.eos_token_id is not None:
+            tokens.add(req.tokenizer.eos_token_id)
+    return sorted(tokens)
+
+
+def _constrain(logits: torch.Tensor, view: RowView) -> None:
+    """Mask what the grammar does not allow after the candidates in front of the row."""
+    grammar = view.grammar
+    accepted = 0
+    try:
+        for token in view.candidates.tolist():
+            if grammar.is_terminated():
+                return
+            try:
+                grammar.accept_token(token)
+            except ValueError:
+                return  # an earlier row rejects this candidate, so this row decides nothing
+            accepted += 1
+        if grammar.is_terminated():
+            return
+        mask = grammar.allocate_vocab_mask(logits.shape[0], 1, logits.device)
+        grammar.fill_vocab_mask(mask, 0)
+        mask = grammar.move_vocab_mask(mask, logits.device)
+        grammar.apply_vocab_mask(logits=logits[None], vocab_mask=mask)
+    finally:
+        if accepted:
+            grammar.rollback(accepted)
+
+
+def _custom(logits: torch.Tensor, req: Req, view: RowView) -> None:
+    from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+    processor = CustomLogitProcessor.from_str(req.custom_logit_processor)
+    params = dict(req.sampling_params.custom_params or {})
+    if "__req__" in params:
+        # Processors look at the request's output: show them the row's own.
+        seen = copy.copy(req)
+        seen.output_ids = type(req.output_ids)("q", [*view.decided, *view.candidates.tolist()])
+        params["__req__"] = seen
+    logits.copy_(processor(logits[None], [params])[0])
