@@ -55,7 +55,7 @@ def write_tiny_llama(
 
 
 def make_tokenizer(pieces: Sequence[str]) -> Any:
-    """A tokenizer in which id ``i`` stands for the text ``pieces[i]``, and texts are put together as they are.
+    """A tokenizer in which id ``i`` stands for the text ``pieces[i]``; texts are simply joined.
 
     Args:
         pieces: one text per token id, all different; the first two are beginning and end of sequence.

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from models import make_tokenizer, write_tiny_llama
 from serving import SabotagedServer, Server, running
-from workloads import LLM42_FLAGS, VOCABULARY
+from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder starts real servers."""
@@ -60,6 +61,7 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sabotaged_server(random_llama: Path, logs: Path) -> Iterator[SabotagedServer]:
     """A server with the random Llama that can be broken in the ways of the test-only plugin."""
-    server = SabotagedServer(random_llama, logs / "sabotaged.log", (*LLM42_FLAGS, "--max-total-tokens", "8192"))
+    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192")
+    server = SabotagedServer(random_llama, logs / "sabotaged.log", flags, ONE_THREAD)
     with running(server):
         yield server

@@ -93,9 +93,7 @@ def mismatches(
     """Run ``subjects`` under ``condition`` and return those that differ from ``expected``."""
     got = run_condition(server, subjects, condition, neighbours)
     return [
-        Mismatch(condition, *row)
-        for row in zip(subjects, expected, got, strict=True)
-        if row[1] != row[2]
+        Mismatch(condition, *row) for row in zip(subjects, expected, got, strict=True) if row[1] != row[2]
     ]
 
 

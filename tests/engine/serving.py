@@ -216,15 +216,18 @@ def at_once(calls: Sequence[Callable[[], Any]], gap_s: float = 0.01) -> list[Any
 class SabotagedServer(Server):
     """A server with the test-only plugin, which breaks what :meth:`broken` says."""
 
-    def __init__(self, model: Path, log: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: Path, log: Path, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
         self._control = log.with_suffix(".sabotage")
         self._control.write_text("")
         path = os.pathsep.join(filter(None, [str(SABOTAGE_FOLDER), os.environ.get("PYTHONPATH")]))
-        super().__init__(model, log, flags, {"PYTHONPATH": path, SABOTAGE_FILE: str(self._control)})
+        variables = {"PYTHONPATH": path, SABOTAGE_FILE: str(self._control)}
+        super().__init__(model, log, flags, {**variables, **(environment or {})})
 
     @contextmanager
     def broken(self, mode: str) -> Iterator[None]:
-        """Break one thing, named by a ``Mode`` of the plugin; whole again, with an empty cache, afterwards."""
+        """Break one thing, named by a ``Mode`` of the plugin; afterwards all is whole and the cache empty."""
         self._control.write_text(mode)
         try:
             yield

@@ -73,9 +73,7 @@ def neighbours(prompts: list[tuple[int, ...]]) -> list[Request]:
 
 
 @pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def subjects(
-    request: pytest.FixtureRequest, demo_server: Server, prompts: list[tuple[int, ...]]
-) -> Subjects:
+def subjects(request: pytest.FixtureRequest, demo_server: Server, prompts: list[tuple[int, ...]]) -> Subjects:
     """Every prompt, marked, run alone."""
     sampling = {"max_new_tokens": NEW_TOKENS, **request.param}
     requests = [Request(prompt, True, sampling) for prompt in prompts]
@@ -111,9 +109,7 @@ def test_same_output_in_a_crowd_that_shares_decode_batches(
     assert figures["decode_steps"] < tokens / 2
 
 
-def test_the_promise_is_not_empty(
-    demo_server: Server, subjects: Subjects, neighbours: list[Request]
-) -> None:
+def test_the_promise_is_not_empty(demo_server: Server, subjects: Subjects, neighbours: list[Request]) -> None:
     """Ordinary decoding does depend on the load here: candidates were rejected, or stock output changed."""
     rollbacks = sum(output.meta["llm42_num_rollbacks"] for output in subjects.alone)
     stock = [unmarked(request) for request in subjects.requests]

@@ -50,7 +50,9 @@ SUBJECTS = [
 
 
 def _check(
-    server: SabotagedServer, subjects: Sequence[Request] = SUBJECTS, conditions: Sequence[Condition] = CONDITIONS
+    server: SabotagedServer,
+    subjects: Sequence[Request] = SUBJECTS,
+    conditions: Sequence[Condition] = CONDITIONS,
 ) -> list[Mismatch]:
     """The determinism check; ends at the first condition that has mismatches."""
     expected = run_alone(server, subjects)

@@ -7,11 +7,11 @@ from pathlib import Path
 from conftest import StartServer
 from determinism import ALONE_WARM, CROWD_OF_8, CROWD_OF_17, mismatches, run_alone
 from serving import Request
-from workloads import marked, random_prompts
+from workloads import ONE_THREAD, marked, random_prompts
 
 
 def test_same_output_on_two_ranks(start_server: StartServer, random_llama: Path) -> None:
-    server = start_server(random_llama, "--tp-size", "2", "--max-total-tokens", "2048")
+    server = start_server(random_llama, "--tp-size", "2", "--max-total-tokens", "2048", **ONE_THREAD)
     prompts = random_prompts(8, 10, 80, seed=6)
     subjects = [
         *marked(prompts[:5], max_new_tokens=40, temperature=1.0, top_p=0.95),

@@ -11,8 +11,10 @@ from serving import Request
 #: Small canonical passes, 64 rows: two CPU cores have no use for the defaults.
 LLM42_FLAGS = ("--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-batch-size", "4")
 
+#: For the random models, whose operators are too small to share between threads.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
 VOCABULARY = 512
-EOS = 1
 
 
 def random_prompts(count: int, shortest: int, longest: int, seed: int = 0) -> list[tuple[int, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -116,7 +116,7 @@ def _in_verdicts(case: Case, verdicts: Sequence[Sequence[Verdict]]) -> tuple[Out
 def _cut(
     tokens: Sequence[int], lengths: Sequence[int], corrected: Callable[[int], bool] = lambda i: i % 2 == 0
 ) -> list[Verdict]:
-    """One verdict per length, after the one that ends the prompt; ``corrected`` says which end in a mismatch."""
+    """One verdict per length after the one that ends the prompt; ``corrected`` says which hold a mismatch."""
     verdicts = [Verdict((tokens[0],), 0, 0, ends_prefill=True)]
     start = 1
     for number, length in enumerate(lengths):
@@ -134,7 +134,7 @@ def _every_cut(count: int) -> Iterator[list[int]]:
     inner = range(1, count)
     for borders in (chosen for size in range(count) for chosen in combinations(inner, size)):
         edges = [0, *borders, count]
-        yield [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        yield [end - start for start, end in pairwise(edges)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """A second SGLang plugin, for tests only: breaks one part of sglang_ext while a file says so.
 
-Loaded where this folder is on ``PYTHONPATH``. The file named by the environment variable
-``SABOTAGE_FILE`` holds the name of a :class:`Mode` or nothing; it is read at every use, so that one server can
-be broken in several ways and mended again.
+Loaded where this folder is on ``PYTHONPATH``. The file named by the environment variable ``SABOTAGE_FILE``
+holds the name of a :class:`Mode` or nothing; it is read at every use, so that one server can be broken in
+several ways and mended again.
 """
 
 from __future__ import annotations
@@ -149,9 +149,7 @@ def _sample_as_batch(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / rows.temperature[:, None], dim=-1)
     if not rows.any_truncated and not bool(rows.greedy.any()):
-        drawn = sampler.sampling_from_probs_torch(
-            probabilities, sampling_seed=rows.seed, positions=positions
-        )
+        drawn = sampler.sampling_from_probs_torch(probabilities, sampling_seed=rows.seed, positions=positions)
     else:
         drawn = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
             probabilities,
