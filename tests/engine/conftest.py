@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from models import make_tokenizer, write_tiny_llama
-from serving import SabotagedServer, Server, running
+from serving import SabotagedServer, Server, StartServer, running
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY
 
 
@@ -18,9 +18,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)
             item.add_marker(pytest.mark.timeout(1200))
-
-
-StartServer = Callable[..., Server]
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +48,9 @@ def demo_server(smollm2: Path, logs: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a tokenizer, in which rounding shows soon: id ``i`` is the text ``wi``."""
+    """A random Llama in which a rounding difference soon becomes another token; id ``i`` is the text ``wi``."""
     folder = tmp_path_factory.mktemp("random_llama")
-    write_tiny_llama(folder, layers=4, hidden=256, intermediate=512, vocab=VOCABULARY)
+    write_tiny_llama(folder, layers=4, hidden=256, intermediate=512, vocab=VOCABULARY, twin_distance=0.005)
     make_tokenizer(["<s>", "</s>", *(f"w{i} " for i in range(2, VOCABULARY))]).save_pretrained(folder)
     return folder
 

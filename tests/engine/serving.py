@@ -236,6 +236,10 @@ class SabotagedServer(Server):
             self.flush_cache()
 
 
+#: ``start_server(model, *flags, **environment)`` of the fixture with this name.
+StartServer = Callable[..., Server]
+
+
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
     """Wait until ``server`` answers, and stop it afterwards."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import StartServer
 from determinism import (
     ALONE_WARM,
     CROWD_OF_3,
@@ -20,7 +19,7 @@ from determinism import (
     run_condition,
     unmarked,
 )
-from serving import Output, Request, Server
+from serving import Output, Request, Server, StartServer
 
 QUESTIONS = (
     "Tell me about the moon.",
