@@ -52,8 +52,11 @@ def _sglang(logits: torch.Tensor, req: Any, output: list[int]) -> torch.Tensor:
     )
 
     class Batch:
-        reqs = [req]
-        device = "cpu"
+        """The little of SGLang's batch that penalisers use; they keep a weak reference to it."""
+
+        def __init__(self) -> None:
+            self.reqs = [req]
+            self.device = "cpu"
 
     batch = Batch()
     penalisers = {
