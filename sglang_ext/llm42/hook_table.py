@@ -78,7 +78,13 @@ HOOKS: tuple[Hook, ...] = (
         f"{_RESULTS}._handle_finish_state_updated_req",
         Kind.AFTER,
         "finish_state_updated",
-        "canonical prompts enter the radix cache when complete; commit logs close",
+        "commit logs close when a request ends",
+    ),
+    _row(
+        f"{_RESULTS}.process_batch_result_decode",
+        Kind.AFTER,
+        "insert_prompts",
+        "canonical prompts enter the radix cache when complete",
     ),
     _row(
         f"{_RESULTS}._apply_decode_logprobs",

@@ -258,19 +258,29 @@ def _may_end(req: Req, token: int) -> bool:
 
 
 def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **kwargs: Any) -> None:
-    """After ``_handle_finish_state_updated_req``: canonical prompts enter the cache, finished logs close."""
+    """After ``_handle_finish_state_updated_req``: the commit log of a request that has ended is closed."""
     state = deterministic.of(req)
-    if state is None:
-        return
-    if req.finished():
+    if state is not None and req.finished():
         state.log.release(req.finished_reason.to_json()["type"], state.log.num_committed)
         observer().finished(req, state)
-    elif state.insert_prompt:
-        from sglang.srt.mem_cache.common import maybe_cache_unfinished_req
 
+
+def insert_prompts(result: None, processor: Any, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> None:
+    """After ``process_batch_result_decode``: prompts whose canonical KV is complete enter the radix cache.
+
+    Not earlier: while a result is processed, SGLang collects freed slots as views of ``req_to_token`` and
+    frees them at the end. Insertion rewrites that table, so the views would show slots of the cache.
+    """
+    from sglang.srt.mem_cache.common import maybe_cache_unfinished_req
+
+    for req in batch.reqs:
+        state = deterministic.of(req)
+        if state is None or not state.insert_prompt:
+            continue
         state.insert_prompt = False
-        req.time_stats.set_prefill_finished_time()
-        maybe_cache_unfinished_req(req, processor.tree_cache)
+        if not req.finished() and not req.is_retracted:
+            req.time_stats.set_prefill_finished_time()
+            maybe_cache_unfinished_req(req, processor.tree_cache)
 
 
 def apply_logprobs(original: Callable[..., None], processor: Any, *, req: Req, **kwargs: Any) -> None:
