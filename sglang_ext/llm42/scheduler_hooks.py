@@ -270,7 +270,24 @@ def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **k
 
         state.insert_prompt = False
         req.time_stats.set_prefill_finished_time()
-        maybe_cache_unfinished_req(req, processor.tree_cache)
+        with _freeing_at_once(processor.token_to_kv_pool_allocator):
+            maybe_cache_unfinished_req(req, processor.tree_cache)
+
+
+@contextmanager
+def _freeing_at_once(allocator: Any) -> Iterator[None]:
+    """Leave SGLang's free group for a while.
+
+    While it processes a decode result, the allocator collects what is freed as views of ``req_to_token`` and
+    frees it at the end. Caching an unfinished request frees slots that the tree holds already and then
+    writes the tree's slots in their place: the group would free those, which are in use, and lose the others.
+    """
+    collecting = not allocator.is_not_in_free_group
+    allocator.is_not_in_free_group = True
+    try:
+        yield
+    finally:
+        allocator.is_not_in_free_group = not collecting
 
 
 def apply_logprobs(original: Callable[..., None], processor: Any, *, req: Req, **kwargs: Any) -> None:
