@@ -33,7 +33,6 @@ EXTRAS["test"] = [
 ]
 
 
-
 def cuda_extension() -> dict[str, Any]:
     """Arguments of ``setup`` that build the kernel library, or nothing for a pure-Python installation."""
     switch = os.environ.get("SGLANG_EXT_BUILD_CUDA", "auto")

@@ -9,7 +9,7 @@ def rows_per_rank(tokens: int, world: int) -> int:
 
 
 def owned_rows(tokens: int, world: int, rank: int) -> slice:
-    """Rows that ``rank`` owns out of ``tokens``: contiguous, ascending with the rank, the tail may be empty."""
+    """Rows that ``rank`` owns out of ``tokens``: contiguous, ascending, maybe none at the end."""
     share = rows_per_rank(tokens, world)
     begin = min(rank * share, tokens)
     return slice(begin, min(begin + share, tokens))

@@ -28,11 +28,9 @@ def main() -> int:
     sources = build.source_folder()
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "sanitize"
-        subprocess.run(
-            [home / "bin/nvcc", *build.NVCC_FLAGS, "-lineinfo", "-arch=native", f"-I{sources}", "-o", program]
-            + [Path(__file__).with_suffix(".cu"), sources / "allreduce_rmsnorm.cu"],
-            check=True,
-        )
+        command = [home / "bin/nvcc", *build.NVCC_FLAGS, "-lineinfo", "-arch=native", f"-I{sources}"]
+        command += ["-o", program, Path(__file__).with_suffix(".cu"), sources / "allreduce_rmsnorm.cu"]
+        subprocess.run(command, check=True)
         failed = [tool for tool in TOOLS if not _passes(str(sanitizer), tool, program)]
     print(f"failed: {', '.join(failed)}" if failed else f"clean under {', '.join(TOOLS)}")
     return int(bool(failed))

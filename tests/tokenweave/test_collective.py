@@ -1,4 +1,4 @@
-"""The gloo version against the reference, in real process groups of 2, 3 and 4 ranks."""
+"""The gloo version against the reference, in real process groups of 2 and 4 ranks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_equals_reference_on_every_rank(world: int, tmp_path: Path) -> None:
     mp.start_processes(_rank, (world, _free_port(), str(tmp_path)), nprocs=world, start_method="spawn")
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]

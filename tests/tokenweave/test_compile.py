@@ -31,13 +31,17 @@ def _cuobjdump() -> str:
     folders = [str(home / "bin")] if home else []
     if triton and triton.origin:
         folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
-    return shutil.which("cuobjdump", path=":".join(folders)) or pytest.skip("no cuobjdump in toolkit or triton")
+    return shutil.which("cuobjdump", path=":".join(folders)) or pytest.skip(
+        "no cuobjdump in toolkit or triton"
+    )
 
 
 def test_hopper_code_reduces_and_broadcasts_in_the_switch(tmp_path: Path) -> None:
     tool = _cuobjdump()
     binary = _nvcc(tmp_path, "-gencode=arch=compute_90a,code=sm_90a", "-c", suffix="o")
-    dump = subprocess.run([tool, "-sass", str(binary)], check=True, capture_output=True, text=True, timeout=120)
+    dump = subprocess.run(
+        [tool, "-sass", str(binary)], check=True, capture_output=True, text=True, timeout=120
+    )
     kernels = re.split(r"Function : ", dump.stdout)[1:]
     multicast = [kernel for kernel in kernels if "MulticastTransport" in kernel.splitlines()[0]]
     peer = [kernel for kernel in kernels if "PeerTransport" in kernel.splitlines()[0]]

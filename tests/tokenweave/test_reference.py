@@ -58,7 +58,9 @@ def test_close_to_fp64(dtype: torch.dtype, weight_bias: float, world: int) -> No
     output, shards = reference.allreduce_rmsnorm(partials, shards, weight, EPSILON, weight_bias)
 
     total = torch.stack(partials).double().sum(0) + residual.double()
-    exact = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPSILON) * (weight_bias + weight.double())
+    exact = (
+        total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + EPSILON) * (weight_bias + weight.double())
+    )
     # Two roundings to 16 bit (of the sum and of the output) stay under two units in the last place.
     limit = 2 * torch.finfo(dtype).eps
     assert (output.double() - exact).norm() / exact.norm() < limit
