@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   Vector residual;
   const auto fetch = [&](int row, int v) {
     if (!holds(row, v)) return;
-    fetched = transport.fetch(index_of(row, v));
+    // First the load that never leaves this GPU: nothing of the others may hold it up.
     if (normalize) residual.bits = static_cast<const uint4*>(local.residual)[index_of(row - rows.begin, v)];
+    fetched = transport.fetch(index_of(row, v));
   };
 
   barrier.wait(Phase::kEntry);
@@ -154,6 +155,8 @@ template <typename T, int kVectors>
 Kernel select_transport(const AllReduceRmsNormArgs& args) {
   if (args.multicast != nullptr) return allreduce_rmsnorm_kernel<T, MulticastTransport<T>, kVectors>;
   switch (args.world) {
+    case 1:
+      return allreduce_rmsnorm_kernel<T, PeerTransport<T, 1>, kVectors>;
     case 2:
       return allreduce_rmsnorm_kernel<T, PeerTransport<T, 2>, kVectors>;
     case 4:
