@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sglang_ext.tokenweave import split
+from sglang_ext.tokenweave import measure, split
 from sglang_ext.tokenweave.kernel import AllReduceRmsNorm, virtual_ranks
 from sglang_ext.tokenweave.measure import Products, ResidentKernel, Timer, gpu_name, random_rows, versions
 from sglang_ext.tokenweave.rows import owned_rows
@@ -72,40 +72,57 @@ class Layer:
         gate, up = self._gate_up[:tokens].chunk(2, dim=-1)
         torch.mul(gate, up)
 
+    def attention_products(self, tokens: int) -> None:
+        """The projections alone."""
+        self._attention(tokens)
+
     def mlp_products(self, tokens: int) -> None:
         """The MLP's matrix products alone."""
         self._mlp(tokens)
 
 
-def bench_split_cost(timer: Timer, layer: Layer) -> list[Row]:
-    """MLP block cut in two, relative to unsplit: equal cut, the wave model's cut, the measured best cut."""
-    step = split.GRANULARITY
-    time_at = {
-        n: timer.median_graph_us(lambda n=n: layer.mlp_products(n)) for n in range(step, 4096 + 1, step)
-    }
+def bench_gemm_times(timer: Timer, layer: Layer) -> list[Row]:
+    """The tuning table's measurements beside the wave model's."""
+    model = split.WaveModel(SHAPE)
+    return [
+        {
+            "tokens": tokens,
+            "attention_us": timer.median_graph_us(lambda n=tokens: layer.attention_products(n)),
+            "attention_wave_model_us": model.attention_us(tokens),
+            "mlp_us": timer.median_graph_us(lambda n=tokens: layer.mlp_products(n)),
+            "mlp_wave_model_us": model.mlp_us(tokens),
+        }
+        for tokens in range(split.GRANULARITY, 4096 + 1, split.GRANULARITY)
+    ]
+
+
+def bench_split_cost(timer: Timer, layer: Layer, table: list[Row]) -> list[Row]:
+    """MLP block cut in two, over unsplit: equal cut, wave model's cut, tuning table's cut, best of all cuts."""
+    time_at = {row["tokens"]: row["mlp_us"] for row in table}
+    model = split.WaveModel(SHAPE)
     rows = []
     for tokens in range(1024, 4096 + 1, 256):
-        cuts = split.candidate_cuts(tokens)
+        cuts = [cut for cut in split.candidate_cuts(tokens) if 2 * cut <= tokens]
 
         def measured(cut: int, tokens: int = tokens) -> float:
             return timer.median_graph_us(lambda: (layer.mlp_products(cut), layer.mlp_products(tokens - cut)))
 
-        model = split.WaveModel(SHAPE)
-        by_model = min(
-            cuts,
-            key=lambda c, n=tokens: (model.mlp_us(c) + model.mlp_us(n - c), abs(2 * c - n)),  # type: ignore[misc]
-        )
-        by_table = min(cuts, key=lambda c, n=tokens: (time_at[c] + time_at[n - c], abs(2 * c - n)))  # type: ignore[misc]
-        whole = time_at[tokens]
+        by_model = min(cuts, key=lambda c, n=tokens: (model.mlp_us(c) + model.mlp_us(n - c), n - 2 * c))  # type: ignore[misc]
+        by_table = min(cuts, key=lambda c, n=tokens: (time_at[c] + time_at[n - c], n - 2 * c))  # type: ignore[misc]
+        whole = timer.median_graph_us(lambda n=tokens: layer.mlp_products(n))
+        ratio = {cut: measured(cut) / whole for cut in {*cuts, tokens // 2}}
+        best = min(cuts, key=ratio.__getitem__)
         rows.append(
             {
                 "tokens": tokens,
                 "unsplit_us": whole,
-                "equal_ratio": measured(tokens // 2) / whole,
+                "equal_ratio": ratio[tokens // 2],
                 "wave_model_cut": by_model,
-                "wave_model_ratio": measured(by_model) / whole,
+                "wave_model_ratio": ratio[by_model],
                 "table_cut": by_table,
-                "table_ratio": measured(by_table) / whole,
+                "table_ratio": ratio[by_table],
+                "best_cut": best,
+                "best_ratio": ratio[best],
             }
         )
     return rows
@@ -160,7 +177,8 @@ def bench_kernel(timer: Timer) -> list[Row]:
 def bench_resident(timer: Timer, layer: Layer) -> list[Row]:
     """Compute of a half beside the fused kernel: how much of either is hidden, how much exposed.
 
-    The kernel's rows are chosen so that it lasts about 80 % of the compute.
+    The kernel's rows are chosen so that it lasts about 80 % of the compute. "reserved": the GEMM library is
+    told to leave the kernel's multiprocessors alone.
     """
     resident = ResidentKernel(HIDDEN, 32768, DTYPE)
     rows = []
@@ -175,6 +193,10 @@ def bench_resident(timer: Timer, layer: Layer) -> list[Row]:
                 count = resident.rows_lasting(timer, 0.8 * alone, ctas, 32768)
                 kernel = timer.median_graph_us(lambda c=count, n=ctas: resident(c, n))
                 both = timer.median_graph_us(lambda b=block, c=count, n=ctas: resident.beside(b, c, n))
+                with measure.reserved_multiprocessors(ctas):
+                    reserved = timer.median_graph_us(
+                        lambda b=block, c=count, n=ctas: resident.beside(b, c, n)
+                    )
                 rows.append(
                     {
                         "block": name,
@@ -186,6 +208,9 @@ def bench_resident(timer: Timer, layer: Layer) -> list[Row]:
                         "together_us": both,
                         "hidden_share": (alone + kernel - both) / kernel,
                         "compute_growth": both / alone,
+                        "reserved_together_us": reserved,
+                        "reserved_hidden_share": (alone + kernel - reserved) / kernel,
+                        "reserved_compute_growth": reserved / alone,
                     }
                 )
     return rows
@@ -204,7 +229,7 @@ def predict_timeline(timer: Timer, layer: Layer, resident: list[Row]) -> list[Ro
         half_mlp = timer.median_graph_us(lambda n=half: layer.mlp(n))
         nearest = min({row["half_tokens"] for row in resident}, key=lambda h, n=half: abs(h - n))  # type: ignore[misc]
         growth = {
-            row["block"]: row["compute_growth"]
+            row["block"]: min(row["compute_growth"], row["reserved_compute_growth"])
             for row in resident
             if row["ctas"] == 8 and row["half_tokens"] == nearest
         }
@@ -246,10 +271,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for CSV and PNG files")
     output = parser.parse_args(arguments).output
     output.mkdir(parents=True, exist_ok=True)
-    timer, layer = Timer(), Layer(8192)
+    timer, layer = Timer(repeats=60), Layer(8192)
     results: dict[str, list[Row]] = {}
     for name, part in {
-        "split_cost": lambda: bench_split_cost(timer, layer),
+        "gemm_times": lambda: bench_gemm_times(timer, layer),
+        "split_cost": lambda: bench_split_cost(timer, layer, results["gemm_times"]),
         "kernel": lambda: bench_kernel(timer),
         "resident": lambda: bench_resident(timer, layer),
         "prediction": lambda: predict_timeline(timer, layer, results["resident"]),
@@ -282,7 +308,20 @@ def plot(results: dict[str, list[Row]], output: Path) -> None:
         "MLP shard (70B Llama, TP 8) cut in two",
         "tokens",
         "time / unsplit time",
-        {key: (tokens, [row[f"{key}_ratio"] for row in rows]) for key in ("equal", "wave_model", "table")},
+        {
+            key: (tokens, [row[f"{key}_ratio"] for row in rows])
+            for key in ("equal", "wave_model", "table", "best")
+        },
+    )
+    rows = results["gemm_times"]
+    tokens = [row["tokens"] for row in rows]
+    columns = ("attention_us", "attention_wave_model_us", "mlp_us", "mlp_wave_model_us")
+    figure(
+        "gemm_times",
+        "GEMMs of a layer shard (70B Llama, TP 8): measured and wave model",
+        "tokens",
+        "microseconds",
+        {key: (tokens, [row[key] for row in rows]) for key in columns},
     )
     rows = results["kernel"]
     figure(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -97,6 +98,16 @@ class ResidentKernel:
         probe = min(64 * ctas, limit)
         time = timer.median_graph_us(lambda: self(probe, ctas))
         return max(min(int(probe * span_us / time), limit), ctas)
+
+
+@contextlib.contextmanager
+def reserved_multiprocessors(count: int) -> Iterator[None]:
+    """Have torch's matrix products leave ``count`` multiprocessors to others, as far as the library can."""
+    torch._C._set_sm_carveout_experimental(count)
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
 
 
 def gpu_name() -> str:

@@ -65,7 +65,9 @@ class Capabilities:
         if path is Path.PEER or peer:
             return peer
         if self.capability < (9, 0):
-            return f"multicast needs compute capability 9.0, this GPU has {'.'.join(map(str, self.capability))}"
+            return (
+                f"multicast needs compute capability 9.0, this GPU has {'.'.join(map(str, self.capability))}"
+            )
         return self.multicast_problem
 
 
@@ -109,7 +111,9 @@ def agree(choice: Choice, group: dist.ProcessGroup) -> None:
         listed = ", ".join(f"rank {i}: {c.path.value} ({c.reason})" for i, c in enumerate(choices) if c)
         raise PathError(f"TokenWeave's ranks chose different paths: {listed}; name one by --tokenweave-path")
     if dist.get_rank(group) == 0:
-        logger.info("TokenWeave path on all %d ranks: %s (%s)", len(choices), choice.path.value, choice.reason)
+        logger.info(
+            "TokenWeave path on all %d ranks: %s (%s)", len(choices), choice.path.value, choice.reason
+        )
 
 
 def probe(world: int, device: torch.device, hidden: int, dtype: torch.dtype, one_node: bool) -> Capabilities:

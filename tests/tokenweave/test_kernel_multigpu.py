@@ -45,7 +45,9 @@ def _rank(rank: int, world: int, store: str) -> None:
         kernel = AllReduceRmsNorm(buffers, timeout_s=30.0)
         weight = _inputs(1, 1, hidden, seed=1)[1][0]
         rows = owned_rows(tokens, world, rank)
-        shards = [_inputs(world, tokens, hidden, seed=2)[1][owned_rows(tokens, world, r)] for r in range(world)]
+        shards = [
+            _inputs(world, tokens, hidden, seed=2)[1][owned_rows(tokens, world, r)] for r in range(world)
+        ]
         mine = shards[rank].clone()
 
         def step(tokens: int = tokens) -> None:
