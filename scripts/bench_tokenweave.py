@@ -97,7 +97,7 @@ def bench_gemm_times(timer: Timer, layer: Layer) -> list[Row]:
 
 
 def bench_split_cost(timer: Timer, layer: Layer, table: list[Row]) -> list[Row]:
-    """MLP block cut in two, over unsplit: equal cut, wave model's cut, tuning table's cut, best of all cuts."""
+    """MLP block cut in two, over unsplit: equal, wave model's, tuning table's and the best of all cuts."""
     time_at = {row["tokens"]: row["mlp_us"] for row in table}
     model = split.WaveModel(SHAPE)
     rows = []

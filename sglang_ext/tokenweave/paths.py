@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class PathError(RuntimeError):
     """The path asked for cannot be used, or the ranks chose differently; the message says which and why."""
 
 
-class Path(str, Enum):
+class Path(StrEnum):
     """How the fused step moves data."""
 
     MULTICAST = "multicast"  # the kernel; the NVLink switch reduces and broadcasts
@@ -90,7 +90,7 @@ def choose(requested: str, capabilities: Capabilities) -> Choice:
         if problem := capabilities.problem(path):
             raise PathError(f"--tokenweave-path {path.value} cannot be used: {problem}")
         return Choice(path, "asked for by --tokenweave-path")
-    refused = []
+    refused: list[str] = []
     for path in Path:
         problem = capabilities.problem(path)
         if problem is None:
