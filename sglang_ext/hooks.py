@@ -10,11 +10,24 @@ from __future__ import annotations
 import functools
 import pkgutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
 from typing import Any
+
+from sglang_ext.cpu.hook_table import HOOKS as CPU_HOOKS
+from sglang_ext.hook_types import Feature, Hook, Kind
+from sglang_ext.llm42.hook_table import HOOKS as LLM42_HOOKS
+
+__all__ = [
+    "CHECKED_SGLANG_VERSIONS",
+    "HOOKS",
+    "Feature",
+    "Hook",
+    "HookError",
+    "Kind",
+    "install",
+    "install_hooks",
+]
 
 #: SGLang releases against which every target below was read and tested.
 CHECKED_SGLANG_VERSIONS = ("0.5.17",)
@@ -24,44 +37,8 @@ class HookError(RuntimeError):
     """A hook of ours is not in place: the feature that needs it must not run."""
 
 
-class Feature(str, Enum):
-    """What a hook belongs to; a feature's hooks are installed together or not at all."""
-
-    FLAGS = "flags"  # command-line flags, always installed
-    CPU = "cpu"  # serving on a CPU without AMX, installed where torch sees no GPU
-    LLM42 = "llm42"  # deterministic requests, installed by --enable-llm42
-    TOKENWEAVE = "tokenweave"  # communication overlap, installed by --enable-tokenweave
-
-
-class Kind(str, Enum):
-    """How the replacement is called; the same words as SGLang's ``HookType``."""
-
-    BEFORE = "before"  # replacement(*args, **kwargs) -> (args, kwargs) | None
-    AFTER = "after"  # replacement(result, *args, **kwargs) -> result | None
-    AROUND = "around"  # replacement(original, *args, **kwargs) -> result
-    REPLACE = "replace"  # a function or class that takes the target's place
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One reach into SGLang.
-
-    Attributes:
-        target: dotted path of SGLang's function, method or class.
-        kind: how ``replacement`` is called.
-        replacement: ``package.module:name`` of ours, imported on installation.
-        feature: the feature that needs it.
-        why: one line for the reader.
-    """
-
-    target: str
-    kind: Kind
-    replacement: str
-    feature: Feature
-    why: str
-
-
-HOOKS: tuple[Hook, ...] = ()
+#: Every row of every feature.
+HOOKS: tuple[Hook, ...] = (*CPU_HOOKS, *LLM42_HOOKS)
 
 
 def sglang_version() -> str | None:

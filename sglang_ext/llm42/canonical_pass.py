@@ -1,0 +1,180 @@
+"""The canonical pass: one model forward whose shape never changes (DESIGN §3).
+
+Always G segments of W rows, the same kernels, the same number of logit rows. What varies is only which
+request's positions stand in which segment; every operator must give a row the same bits wherever it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from sglang_ext.llm42.lane import LaneConfig, SegmentKind
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+#: Token id of padded rows. Any valid id will do: no row attends to another request's rows.
+PADDING_TOKEN = 0
+
+
+class CanonicalAttention(Protocol):
+    """An attention backend whose rows are invariant for G segments of W rows."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Plan the attention of ``forward_batch`` before the layers run."""
+
+
+AttentionFactory = Callable[["ModelRunner", int, int], CanonicalAttention]
+
+
+@dataclass(frozen=True)
+class PassSegment:
+    """One segment as the pass sees it.
+
+    Attributes:
+        kind: whether its token ids are known on the host or stand in the candidate table.
+        pool_index: the request's row in SGLang's ``req_to_token`` table.
+        start: absolute position of the first row.
+        token_ids: ids of a prompt segment's rows; for a verification segment the ids come from the table.
+        rows: rows in use, 1..W.
+    """
+
+    kind: SegmentKind
+    pool_index: int
+    start: int
+    token_ids: Sequence[int]
+    rows: int
+
+
+class CandidateTable:
+    """Device table of the last committed token and the candidates of every running request.
+
+    A ring per ``req_pool_idx``, indexed by absolute position: committing tokens moves nothing.
+
+    Args:
+        pool_size: rows of SGLang's ``req_to_token`` table.
+        capacity: candidates a request may hold.
+    """
+
+    def __init__(self, pool_size: int, capacity: int, device: str) -> None:
+        self._length = capacity + 2
+        self._tokens = torch.zeros(pool_size, self._length, dtype=torch.int64, device=device)
+
+    def read(self, pool_indices: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids at ``positions`` (same shape as the result) of the requests at ``pool_indices``."""
+        return self._tokens[pool_indices, positions % self._length]
+
+    def write(self, pool_indices: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Put ``token_ids`` at ``positions``; the (request, position) pairs must differ."""
+        self._tokens[pool_indices, positions % self._length] = token_ids.to(torch.int64)
+
+
+class CanonicalPass:
+    """Builds and runs canonical passes of one fixed shape.
+
+    Args:
+        model_runner: SGLang's model runner, with pools allocated and weights loaded.
+        config: G and W.
+        attention: factory of the row-invariant attention backend.
+    """
+
+    def __init__(self, model_runner: ModelRunner, config: LaneConfig, attention: AttentionFactory) -> None:
+        self.model_runner = model_runner
+        self.segments = config.verify_batch_size
+        self.rows = config.window_size
+        self.device = model_runner.device
+        self._req_to_token = model_runner.req_to_token_pool.req_to_token
+        self._attention = attention(model_runner, self.segments, self.rows)
+        self._row = torch.arange(self.rows, device=self.device)
+        # Positions of padded rows may run past the end of the sequence; they must stay inside the tables.
+        self._last_position = (
+            min(self._req_to_token.shape[1], int(model_runner.model_config.context_len) + 1) - 1
+        )
+
+    @torch.no_grad()
+    def run(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> torch.Tensor:
+        """Run one pass and return the logits of all rows, padding included.
+
+        Args:
+            segments: at most G; those of one request in ascending position, since each layer writes its
+                keys and values before attention reads them.
+            candidates: where verification segments find their token ids.
+
+        Returns:
+            Logits, shape ``[G, W, vocabulary]``, in the model's logit dtype.
+        """
+        from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+        batch = self._forward_batch(segments, candidates)
+        self._attention.init_forward_metadata(batch)
+        with forward_context(ForwardContext(attn_backend=self._attention)):  # type: ignore[arg-type]
+            output = self.model_runner.model.forward(batch.input_ids, batch.positions, batch)
+        return output.next_token_logits.view(self.segments, self.rows, -1)
+
+    def _forward_batch(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> ForwardBatch:
+        from sglang.srt.model_executor.forward_batch_info import (
+            CaptureHiddenMode,
+            ForwardBatch,
+            ForwardMode,
+        )
+
+        free = self.segments - len(segments)
+        starts_cpu = [s.start for s in segments] + [0] * free
+        pool = self._to_device([s.pool_index for s in segments] + [0] * free)
+        starts = self._to_device(starts_cpu)
+        rows = self._to_device([s.rows for s in segments] + [0] * free)
+        positions = (starts[:, None] + self._row).clamp_(max=self._last_position)
+        used = self._row < rows[:, None]
+        slots = self._req_to_token[pool[:, None], positions].to(torch.int64)
+        # Padded rows write their keys and values into SGLang's padding slot 0.
+        slots = torch.where(used, slots, 0)
+        seq_lens_cpu = torch.tensor([start + self.rows for start in starts_cpu], dtype=torch.int64)
+        total = self.segments * self.rows
+        batch = ForwardBatch(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            batch_size=self.segments,
+            input_ids=self._token_ids(segments, candidates, pool, positions, used),
+            req_pool_indices=pool,
+            seq_lens=starts + self.rows,
+            out_cache_loc=slots.reshape(-1),
+            seq_lens_sum=int(seq_lens_cpu.sum()),
+            seq_lens_cpu=seq_lens_cpu,
+            orig_seq_lens=(starts + self.rows).to(torch.int32),
+            positions=positions.reshape(-1),
+            extend_num_tokens=total,
+            extend_seq_lens=torch.full((self.segments,), self.rows, dtype=torch.int32, device=self.device),
+            extend_prefix_lens=starts.to(torch.int32),
+            extend_seq_lens_cpu=[self.rows] * self.segments,
+            extend_prefix_lens_cpu=starts_cpu,
+            num_token_non_padded_cpu=total,
+            spec_algorithm=self.model_runner.spec_algorithm,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+        )
+        batch.mark_forward_metadata_ready()
+        return batch
+
+    def _token_ids(
+        self,
+        segments: Sequence[PassSegment],
+        candidates: CandidateTable,
+        pool: torch.Tensor,
+        positions: torch.Tensor,
+        used: torch.Tensor,
+    ) -> torch.Tensor:
+        """Token ids of all rows, shape ``[G * W]``."""
+        known = [list(s.token_ids) + [PADDING_TOKEN] * (self.rows - len(s.token_ids)) for s in segments]
+        known += [[PADDING_TOKEN] * self.rows] * (self.segments - len(segments))
+        ids = self._to_device(known)
+        if any(s.kind is SegmentKind.VERIFY for s in segments):
+            verify = [s.kind is SegmentKind.VERIFY for s in segments] + [False] * (self.segments - len(segments))
+            from_table = used & self._to_device(verify)[:, None]
+            ids = torch.where(from_table, candidates.read(pool[:, None], positions), ids)
+        return ids.reshape(-1)
+
+    def _to_device(self, values: Sequence[object]) -> torch.Tensor:
+        return torch.tensor(values).to(self.device, non_blocking=True)

@@ -1,0 +1,80 @@
+"""Committing: the one place where a deterministic request's output grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sglang_ext.llm42 import request as deterministic
+from sglang_ext.llm42.request import DeterministicRequest, Verdict
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+def commit(req: Req, verdicts: Sequence[Verdict]) -> list[int]:
+    """Commit what canonical passes decided, one token at a time, up to the first finish.
+
+    SGLang would check several new tokens as one lump (length, then strings, then end of sequence), which
+    makes the finish reason depend on where a window ended. Here each token is checked as if it had been
+    decoded alone. SGLang appends the returned tokens itself and then asks for the finish state once:
+    :func:`update_finish_state` answers with what was found here.
+
+    Args:
+        req: a deterministic request that has not finished.
+        verdicts: decisions in order, none of them committed yet.
+
+    Returns:
+        The committed token ids; ``req.output_ids`` is as before, the commit log and
+        ``req.kv_committed_len`` are up to date.
+    """
+    state = deterministic.of(req)
+    assert state is not None
+    if req.to_finish is not None:
+        return []  # aborted: SGLang ends the request where it stands
+    before = len(req.output_ids)
+    state.committing = True
+    try:
+        for verdict in verdicts:
+            _append_verdict(req, state, verdict)
+            if req.finished():
+                break
+    finally:
+        state.committing = False
+    kept = list(req.output_ids[before:])
+    del req.output_ids[before:]
+    if req.finished():
+        state.stashed_finish = (req.finished_reason, req.finished_len)
+        req.finished_reason = req.finished_len = None
+    if kept:
+        # The last token's keys and values are written when it is next fed.
+        req.kv_committed_len = len(req.origin_input_ids) + before + len(kept) - 1
+    return kept
+
+
+def _append_verdict(req: Req, state: DeterministicRequest, verdict: Verdict) -> None:
+    start = len(req.output_ids)
+    for token in verdict.tokens:
+        req.output_ids.append(token)
+        req.update_finish_state(1)
+        if req.finished():
+            break
+    kept = list(req.output_ids[start:])
+    if verdict.ends_prefill:
+        state.log.commit_prefill(len(req.origin_input_ids), req.cached_tokens, kept[0])
+        state.insert_prompt = True
+        return
+    tokens = kept + list(verdict.tokens[len(kept) :])
+    state.log.commit_window(
+        start, tokens, matched=verdict.matched, candidates=verdict.candidates, kept=len(kept)
+    )
+
+
+def update_finish_state(original: object, req: Req, new_accepted_len: int = 1) -> None:
+    """Around ``Req.update_finish_state``: a deterministic request's tokens were checked when committed."""
+    state = deterministic.of(req)
+    if state is None or state.committing or req.to_finish is not None:
+        original(req, new_accepted_len)  # type: ignore[operator]
+    elif state.stashed_finish is not None:
+        req.finished_reason, req.finished_len = state.stashed_finish
+        state.stashed_finish = None

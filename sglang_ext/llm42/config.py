@@ -1,0 +1,46 @@
+"""Settings of LLM-42, read once from the server's arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang_ext.llm42.lane import LaneConfig
+
+if TYPE_CHECKING:
+    from sglang_ext.server_args import ServerArgs
+
+#: Key inside ``SamplingParams.custom_params`` that carries our per-request settings to the scheduler.
+REQUEST_KEY = "llm42"
+
+#: Appended to a deterministic request's ``extra_key``: the radix-cache namespace of canonical KV.
+CANONICAL_NAMESPACE = "\x1fllm42"
+
+
+@dataclass(frozen=True)
+class Llm42Config:
+    """What the scheduler side of LLM-42 needs to know.
+
+    Attributes:
+        window_size: rows of a segment (W), ``--llm42-window-size``.
+        verify_batch_size: segments of a canonical pass (G), ``--llm42-verify-batch-size``.
+        max_wait_steps: decode steps a due segment may wait, ``--llm42-max-wait-steps``.
+    """
+
+    window_size: int
+    verify_batch_size: int
+    max_wait_steps: int
+
+    @classmethod
+    def from_server_args(cls, server_args: ServerArgs) -> Llm42Config:
+        """The settings behind the server's ``--llm42-*`` flags."""
+        return cls(
+            window_size=server_args.llm42_window_size,
+            verify_batch_size=server_args.llm42_verify_batch_size,
+            max_wait_steps=server_args.llm42_max_wait_steps,
+        )
+
+    @property
+    def lane(self) -> LaneConfig:
+        """The same as the lane's configuration."""
+        return LaneConfig(self.window_size, self.verify_batch_size, self.max_wait_steps)

@@ -1,0 +1,114 @@
+"""The rows of the hook table that LLM-42 needs in the scheduler (feature :attr:`Feature.LLM42`)."""
+
+from __future__ import annotations
+
+from sglang_ext.hook_types import Feature, Hook, Kind
+
+_BATCH = "sglang.srt.managers.schedule_batch"
+_RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer"
+
+
+def _row(target: str, kind: Kind, function: str, why: str, module: str = "scheduler_hooks") -> Hook:
+    return Hook(target, kind, f"sglang_ext.llm42.{module}:{function}", Feature.LLM42, why)
+
+
+HOOKS: tuple[Hook, ...] = (
+    _row(
+        "sglang.srt.managers.scheduler.Scheduler.init_model_worker",
+        Kind.AFTER,
+        "start_runtime",
+        "the runtime needs weights and KV pools",
+    ),
+    _row(
+        f"{_BATCH}.Req.__init__",
+        Kind.AFTER,
+        "attach_state",
+        "marked requests carry their state and the canonical radix-cache namespace",
+    ),
+    _row(
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        Kind.AROUND,
+        "add_one_req",
+        "a prefill batch is all marked or all unmarked; marked prompts are computed by the lane",
+    ),
+    _row(
+        f"{_BATCH}.ScheduleBatch.prepare_for_extend",
+        Kind.AFTER,
+        "prepare_for_extend",
+        "marked requests enter the lane when their memory is allocated",
+    ),
+    _row(
+        f"{_BATCH}.ScheduleBatch.new_tokens_required_next_decode",
+        Kind.AROUND,
+        "tokens_required",
+        "a marked request may need no slot or, after its prompt, the first one",
+    ),
+    _row(
+        f"{_BATCH}.ScheduleBatch.prepare_for_decode",
+        Kind.AROUND,
+        "prepare_for_decode",
+        "marked requests decode at the position that the lane says",
+    ),
+    _row(
+        "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        Kind.AROUND,
+        "forward_batch_generation",
+        "canonical passes are launched beside decode; marked prefill computes nothing",
+    ),
+    _row(
+        "sglang.srt.model_executor.model_runner.ModelRunner.sample",
+        Kind.AROUND,
+        "sample",
+        "candidates are drawn by the canonical sampler, row by row",
+    ),
+    _row(
+        f"{_RESULTS}.process_batch_result_prefill",
+        Kind.AROUND,
+        "process_prefill_result",
+        "a marked request has no token after its prefill batch",
+    ),
+    _row(
+        f"{_RESULTS}._normalize_decode_outputs",
+        Kind.AFTER,
+        "decode_outputs",
+        "a marked row yields committed tokens, none or several",
+    ),
+    _row(
+        f"{_RESULTS}._handle_finish_state_updated_req",
+        Kind.AFTER,
+        "finish_state_updated",
+        "canonical prompts enter the radix cache when complete; commit logs close",
+    ),
+    _row(
+        f"{_BATCH}.Req.update_finish_state",
+        Kind.AROUND,
+        "update_finish_state",
+        "finish checks token by token, when tokens are committed",
+        module="commit",
+    ),
+    _row(
+        f"{_BATCH}.Req.reset_for_retract",
+        Kind.AFTER,
+        "retracted",
+        "the commit log records retractions",
+    ),
+    _row(
+        "sglang.srt.mem_cache.common.release_kv_cache",
+        Kind.BEFORE,
+        "release_kv_cache",
+        "a request that gives its memory back leaves the lane",
+    ),
+    _row(
+        "sglang.srt.mem_cache.common._release_overallocated_kv_indices",
+        Kind.AROUND,
+        "release_overallocated",
+        "slots of uncommitted candidates are freed where SGLang asserts that there are none",
+    ),
+    _row(
+        f"{_STREAMER}._GenerationStreamAccumulator.accept",
+        Kind.AROUND,
+        "accept_for_streaming",
+        "no empty chunk is streamed while candidates wait",
+    ),
+)

@@ -1,0 +1,301 @@
+"""The canonical lane: which rows of which deterministic request go into the next canonical pass.
+
+Pure bookkeeping: positions and counts, no tensors, no SGLang. A *position* is the absolute index of a token
+in its sequence (prompt and output together). For a request that decodes, ``base`` is the position of its
+last committed token: everything before it has canonical KV, and its candidates stand behind it::
+
+      prompt and committed output        t0     c1     c2     c3
+    0 ......................... base-1 | base  base+1 base+2 base+3     pending = 3
+      canonical KV                     | KV of t0, c1, c2 came from ordinary decode; c3 has none yet
+
+A verification segment takes the rows ``base .. base+r-1`` with ``r = min(pending, W)``; row ``i`` judges the
+candidate at ``base+i+1``. The next decode step writes KV at ``base+pending``, behind every one of these
+rows, so a request may keep decoding while its segment is verified (DESIGN: decode, verify, commit, roll back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+
+class SegmentKind(str, Enum):
+    """What a segment is for."""
+
+    PROMPT = "prompt"  # known tokens whose canonical KV is missing
+    VERIFY = "verify"  # the last committed token and candidates behind it
+
+
+@dataclass(frozen=True)
+class LaneConfig:
+    """Shape and policy of the lane.
+
+    Attributes:
+        window_size: rows of a segment (W).
+        verify_batch_size: segments of a canonical pass (G).
+        max_wait_steps: decode steps a due segment may wait for the pass to fill up.
+        capacity: candidates a request may hold before it stops decoding.
+    """
+
+    window_size: int
+    verify_batch_size: int
+    max_wait_steps: int = 4
+    capacity: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1 or self.verify_batch_size < 1 or self.max_wait_steps < 0:
+            raise ValueError(f"not a lane: {self}")
+        if self.capacity == 0:
+            object.__setattr__(self, "capacity", 2 * self.window_size)
+        if self.capacity < self.window_size:
+            raise ValueError(f"capacity {self.capacity} is below window_size {self.window_size}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of a canonical pass, M = G * W."""
+        return self.window_size * self.verify_batch_size
+
+
+@dataclass(eq=False)
+class LaneRequest:
+    """Positions of one deterministic request in the lane.
+
+    Attributes:
+        known_end: positions below this have known token ids when the request is admitted: the prompt and,
+            after a retraction, the output committed before.
+        max_end: no token may stand at or behind this position (prompt length + max_new_tokens).
+        canonical_end: positions below this have canonical KV, in passes whose result was applied.
+        planned_end: the same, counting passes under way.
+        base: position of the last committed token once the first token is known, else None.
+        pending: candidates behind ``base``.
+        in_flight: rows of this request in a pass whose result was not applied yet.
+        due_since: step at which the request became due, None while it is not.
+        urgent: verify as soon as possible (an end of sequence is among the candidates, say).
+    """
+
+    known_end: int
+    max_end: int
+    canonical_end: int
+    planned_end: int = field(init=False)
+    base: int | None = None
+    pending: int = 0
+    in_flight: int = 0
+    due_since: int | None = None
+    urgent: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.canonical_end < self.known_end:
+            raise ValueError(
+                f"canonical_end {self.canonical_end} must leave at least one of {self.known_end} known "
+                "positions to recompute: its logits give the next token"
+            )
+        self.planned_end = self.canonical_end
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompt rows are still to be planned."""
+        return self.planned_end < self.known_end
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the first token is known, so that candidates can be drafted."""
+        return self.base is not None
+
+    @property
+    def length_reached(self) -> bool:
+        """Whether committed tokens and candidates already fill the allowed length."""
+        return self.base is not None and self.base + self.pending + 1 >= self.max_end
+
+    @property
+    def complete(self) -> bool:
+        """Whether the committed tokens alone fill the allowed length."""
+        return self.base is not None and self.base + 1 >= self.max_end
+
+    @property
+    def decode_position(self) -> int:
+        """Position whose KV the next decode step writes.
+
+        Raises:
+            ValueError: the first token is not known yet.
+        """
+        if self.base is None:
+            raise ValueError("no token to decode from: the prompt is not finished")
+        return self.base + self.pending
+
+    def can_decode(self, capacity: int) -> bool:
+        """Whether the next decode step may draft another candidate."""
+        return self.decoding and self.pending < capacity and not self.length_reached
+
+    def drafted(self) -> None:
+        """One more candidate was drafted."""
+        self.pending += 1
+
+    def prompt_planned(self, rows: int) -> None:
+        """``rows`` prompt rows from ``planned_end`` on went into a pass."""
+        self.planned_end += rows
+        self.in_flight += rows
+
+    def verify_planned(self, rows: int) -> None:
+        """``rows`` rows from ``base`` on went into a pass."""
+        self.in_flight += rows
+        self.due_since = None
+        self.urgent = False
+
+    def prompt_done(self, rows: int) -> bool:
+        """``rows`` prompt rows were computed; returns whether that was the end of the prompt."""
+        self.in_flight -= rows
+        self.canonical_end += rows
+        if self.canonical_end < self.known_end:
+            return False
+        self.base = self.known_end
+        return True
+
+    def verify_done(self, rows: int, matched: int) -> int:
+        """``rows`` rows were verified and the first ``matched`` candidates agreed.
+
+        Returns:
+            Number of tokens committed, 1 to ``rows``: the matching candidates, and at a mismatch the
+            canonical token in place of the first candidate that differs.
+        """
+        if self.base is None or not 0 <= matched <= rows <= self.pending:
+            raise ValueError(f"matched {matched} of {rows} rows with {self.pending} pending at {self.base}")
+        self.in_flight -= rows
+        committed = min(matched + 1, rows)
+        self.base += committed
+        self.canonical_end = self.planned_end = self.base
+        self.pending = self.pending - rows if matched == rows else 0
+        return committed
+
+
+class Segment(NamedTuple):
+    """Up to W consecutive rows of one request in a canonical pass."""
+
+    request: LaneRequest
+    kind: SegmentKind
+    start: int  # position of the first row
+    rows: int  # rows in use, 1..W; the rest is padding
+
+    @property
+    def finishes_prompt(self) -> bool:
+        """Whether the last row's logits give the request's next token."""
+        return self.kind is SegmentKind.PROMPT and self.start + self.rows == self.request.known_end
+
+
+class LanePolicy:
+    """Decides when a canonical pass runs and what it carries.
+
+    The rule, in order:
+
+    1. A request is *due* when W candidates wait, when its candidates reach the length limit, or when it is
+       urgent. A prompt is due from its admission.
+    2. A pass runs when due segments fill it, when the oldest has waited ``max_wait_steps``, when a prompt
+       waits, or when nothing could decode meanwhile.
+    3. Half of the segments are kept for prompts and half for verification as long as both wait; within each
+       kind the oldest is served first. What stays free is filled with the other kind.
+    4. Segments still free verify requests that are not due yet, the one with most candidates first: the
+       pass costs the same with or without them, and a divergence found early wastes less.
+    """
+
+    def __init__(self, config: LaneConfig) -> None:
+        self.config = config
+        # Who gets the larger half of an odd number of segments; it alternates, or G = 1 would starve one.
+        self._prompts_round_up = True
+
+    def update_due(self, requests: Iterable[LaneRequest], step: int) -> None:
+        """Note from which ``step`` on each request is due."""
+        for request in requests:
+            if request.due_since is None and (request.prefilling or self._verify_due(request)):
+                request.due_since = step
+
+    def plan(self, requests: Sequence[LaneRequest], step: int, can_decode: bool) -> list[Segment]:
+        """Choose the next pass and mark its rows as planned.
+
+        Args:
+            requests: live requests in order of admission.
+            step: running number of the decode step, for waiting times.
+            can_decode: whether an ordinary decode step would do useful work now.
+
+        Returns:
+            At most G segments, those of one request in ascending position; empty if no pass should run.
+        """
+        self.update_due(requests, step)
+        prompts = [r for r in requests if r.prefilling]
+        due = sorted((r for r in requests if self._verify_due(r)), key=_due_order)
+        if not self._should_run(prompts, due, step, can_decode):
+            return []
+        budget = self.config.verify_batch_size
+        wanted_prompt = sum(self._prompt_segments(r) for r in prompts)
+        prompt_budget = _share(budget, wanted_prompt, len(due), self._prompts_round_up)
+        if wanted_prompt and due:
+            self._prompts_round_up = not self._prompts_round_up
+        segments = self._take_prompts(sorted(prompts, key=_due_order), prompt_budget)
+        early = sorted(
+            (r for r in requests if self._verifiable(r) and not self._verify_due(r)),
+            key=lambda r: -r.pending,
+        )
+        for request in (*due, *early)[: budget - len(segments)]:
+            segments.append(self._verify_segment(request))
+        return segments
+
+    def _should_run(
+        self, prompts: Sequence[LaneRequest], due: Sequence[LaneRequest], step: int, can_decode: bool
+    ) -> bool:
+        if prompts:
+            return True
+        if not due:
+            return False
+        oldest = min(r.due_since for r in due if r.due_since is not None)
+        return (
+            not can_decode
+            or len(due) >= self.config.verify_batch_size
+            or step - oldest >= self.config.max_wait_steps
+            or any(r.urgent for r in due)
+        )
+
+    def _verifiable(self, request: LaneRequest) -> bool:
+        return request.decoding and request.pending > 0 and request.in_flight == 0
+
+    def _verify_due(self, request: LaneRequest) -> bool:
+        return self._verifiable(request) and (
+            request.pending >= self.config.window_size or request.length_reached or request.urgent
+        )
+
+    def _prompt_segments(self, request: LaneRequest) -> int:
+        return -(-(request.known_end - request.planned_end) // self.config.window_size)
+
+    def _take_prompts(self, prompts: Iterable[LaneRequest], budget: int) -> list[Segment]:
+        segments: list[Segment] = []
+        for request in prompts:
+            while request.prefilling and len(segments) < budget:
+                rows = min(self.config.window_size, request.known_end - request.planned_end)
+                segments.append(Segment(request, SegmentKind.PROMPT, request.planned_end, rows))
+                request.prompt_planned(rows)
+            if not request.prefilling:
+                request.due_since = None
+        return segments
+
+    def _verify_segment(self, request: LaneRequest) -> Segment:
+        assert request.base is not None
+        rows = min(request.pending, self.config.window_size)
+        request.verify_planned(rows)
+        return Segment(request, SegmentKind.VERIFY, request.base, rows)
+
+
+def _due_order(request: LaneRequest) -> int:
+    return request.due_since if request.due_since is not None else 0
+
+
+def _share(budget: int, first: int, second: int, round_up: bool) -> int:
+    """Segments for the first of two kinds that want ``first`` and ``second``: half, and what is left over."""
+    half = (budget + 1) // 2 if round_up else budget // 2
+    return min(first, max(budget - second, half))
+
+
+def leading_matches(candidates: Sequence[int], judged: Sequence[int]) -> int:
+    """Number of leading positions at which both sequences agree."""
+    for i, (candidate, token) in enumerate(zip(candidates, judged, strict=True)):
+        if candidate != token:
+            return i
+    return len(judged)

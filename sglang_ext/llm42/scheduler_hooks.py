@@ -1,0 +1,256 @@
+"""Glue between SGLang's scheduler and :class:`sglang_ext.llm42.runtime.Runtime`.
+
+Each function is the replacement of one row in :data:`HOOKS`; it looks whether a deterministic request is
+concerned and otherwise leaves the matter to SGLang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_ext.llm42 import allocation
+from sglang_ext.llm42 import request as deterministic
+from sglang_ext.llm42.attention import canonical_attention_factory
+from sglang_ext.llm42.commit import commit
+from sglang_ext.llm42.config import Llm42Config
+from sglang_ext.llm42.report import Report
+from sglang_ext.llm42.runtime import DecodeStep, Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+_runtime: Runtime | None = None
+
+
+def runtime() -> Runtime:
+    """The runtime of this scheduler process.
+
+    Raises:
+        RuntimeError: the scheduler has not built its model yet.
+    """
+    if _runtime is None:
+        raise RuntimeError("LLM-42 is not running in this process")
+    return _runtime
+
+
+# Start
+
+
+def start_runtime(result: None, scheduler: Scheduler) -> None:
+    """After ``Scheduler.init_model_worker``: weights and pools are there, so the lane can be built."""
+    global _runtime
+    config = Llm42Config.from_server_args(scheduler.server_args)
+    model_runner = scheduler.tp_worker.model_runner
+    _runtime = Runtime(model_runner, config, canonical_attention_factory(model_runner))
+    scheduler.llm42 = _runtime
+
+
+# Life of a request
+
+
+def attach_state(result: None, req: Req, *args: Any, **kwargs: Any) -> None:
+    """After ``Req.__init__``: marked requests get their state and their radix-cache namespace."""
+    deterministic.attach(req)
+    state = deterministic.of(req)
+    if state is not None:
+        req.customized_info = {"llm42": Report(state)}
+
+
+def add_one_req(original: Callable[..., Any], adder: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
+    """Around ``PrefillAdder.add_one_req``: prefill batches are all marked or all unmarked.
+
+    A marked request only takes memory here, so SGLang's limits on computed tokens do not apply to it.
+    """
+    from sglang.srt.managers.schedule_policy import AddReqResult
+
+    marked = deterministic.of(req) is not None
+    if adder.can_run_list and (deterministic.of(adder.can_run_list[0]) is not None) != marked:
+        return AddReqResult.OTHER
+    if not marked:
+        return original(adder, req, *args, **kwargs)
+    with _unlimited_tokens(adder):
+        return original(adder, req, *args, **kwargs)
+
+
+@contextmanager
+def _unlimited_tokens(adder: Any) -> Iterator[None]:
+    limits = adder.rem_chunk_tokens, adder.rem_input_tokens
+    adder.rem_chunk_tokens, adder.rem_input_tokens = None, 1 << 40
+    try:
+        yield
+    finally:
+        adder.rem_chunk_tokens, adder.rem_input_tokens = limits
+
+
+def prepare_for_extend(result: None, batch: ScheduleBatch) -> None:
+    """After ``ScheduleBatch.prepare_for_extend``: marked requests enter the lane."""
+    for req in batch.reqs:
+        if deterministic.of(req) is not None:
+            req.kv_committed_len = len(req.prefix_indices)
+            runtime().admit(req)
+
+
+def release_kv_cache(req: Req, *args: Any, **kwargs: Any) -> None:
+    """Before ``release_kv_cache``: a marked request leaves the lane, whatever the reason."""
+    runtime().release(req)
+
+
+def release_overallocated(
+    original: Callable[..., None], req: Req, start: int, end: int, tree_cache: Any
+) -> None:
+    """Around ``_release_overallocated_kv_indices``, which asserts that nothing is left without speculation:
+    a marked request's candidates are."""
+    if deterministic.of(req) is None:
+        original(req, start, end, tree_cache)
+        return
+    allocator = tree_cache.token_to_kv_pool_allocator
+    start = -(-start // allocator.page_size) * allocator.page_size
+    if start < end:
+        slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx][start:end]
+        allocator.free_segment(slots, start_pos=start)
+
+
+def retracted(result: None, req: Req) -> None:
+    """After ``Req.reset_for_retract``: what is committed stays, candidates are gone."""
+    state = deterministic.of(req)
+    if state is not None:
+        state.log.retract(len(req.output_ids))
+
+
+# A step
+
+
+def tokens_required(
+    original: Callable[..., int], batch: ScheduleBatch, selected_indices: list[int] | None = None
+) -> int:
+    """Around ``ScheduleBatch.new_tokens_required_next_decode``."""
+    if not allocation.any_deterministic(batch.reqs):
+        return original(batch, selected_indices)
+    reqs = batch.reqs if selected_indices is None else [batch.reqs[i] for i in selected_indices]
+    return allocation.slots_needed(reqs, batch.token_to_kv_pool_allocator.page_size)
+
+
+def prepare_for_decode(original: Callable[..., None], batch: ScheduleBatch) -> None:
+    """Around ``ScheduleBatch.prepare_for_decode``."""
+    batch.llm42 = None
+    if not allocation.any_deterministic(batch.reqs):
+        original(batch)
+        return
+    batch.llm42 = runtime().begin_step(batch.reqs)
+    allocation.prepare_for_decode(batch, batch.llm42)
+
+
+def forward_batch_generation(
+    original: Callable[..., GenerationBatchResult], worker: Any, batch: ScheduleBatch | None, *args: Any, **kw: Any
+) -> GenerationBatchResult:
+    """Around ``TpModelWorker.forward_batch_generation``."""
+    if batch is None:
+        return original(worker, batch, *args, **kw)
+    if batch.forward_mode.is_extend():
+        if allocation.any_deterministic(batch.reqs):
+            return _skip_prefill(batch)
+        return original(worker, batch, *args, **kw)
+    step: DecodeStep | None = getattr(batch, "llm42", None)
+    if step is None:
+        return original(worker, batch, *args, **kw)
+    return runtime().run_step(step, batch, lambda: original(worker, batch, *args, **kw))
+
+
+def _skip_prefill(batch: ScheduleBatch) -> GenerationBatchResult:
+    """Result of a marked prefill batch: memory is allocated, the lane computes the prompts."""
+    from sglang_ext.llm42.runtime import empty_result
+
+    return empty_result(len(batch.reqs), batch)
+
+
+def sample(original: Callable[..., torch.Tensor], model_runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+    """Around ``ModelRunner.sample``."""
+    return runtime().sample(logits_output, lambda: original(model_runner, logits_output, forward_batch))
+
+
+# Results
+
+
+def process_prefill_result(
+    original: Callable[..., None], processor: Any, batch: ScheduleBatch, result: GenerationBatchResult
+) -> None:
+    """Around ``process_batch_result_prefill``: a marked request has no token yet."""
+    if not allocation.any_deterministic(batch.reqs):
+        original(processor, batch, result)
+        return
+    if result.copy_done is not None:
+        result.copy_done.synchronize()
+    processor.metrics_reporter.report_prefill_stats(
+        batch=batch,
+        prefill_stats=batch.prefill_stats,
+        can_run_cuda_graph=False,
+        dp_cooperation_info=batch.dp_cooperation_info,
+    )
+
+
+def decode_outputs(
+    output: tuple[list[list[int]], Any], processor: Any, *, batch: ScheduleBatch, result: Any, **kwargs: Any
+) -> tuple[list[list[int]], Any] | None:
+    """After ``_normalize_decode_outputs``: a marked row yields what is committed, not what was drafted."""
+    step: DecodeStep | None = getattr(result, "llm42", None)
+    if step is None:
+        return None
+    token_ids, logprobs = output
+    drafting = set(step.drafting)
+    committed = 0
+    for row, req in enumerate(batch.reqs):
+        if deterministic.of(req) is None:
+            continue
+        drafted, token_ids[row] = token_ids[row], []
+        if req.finished() or req.is_retracted:
+            continue
+        if row in drafting:
+            runtime().note_candidate(req, _may_end(req, drafted[0]))
+        token_ids[row] = commit(req, step.verdicts.get(row, ()))
+        committed += len(token_ids[row]) - 1
+    processor.metrics_reporter.num_generated_tokens += committed
+    return token_ids, logprobs
+
+
+def _may_end(req: Req, token: int) -> bool:
+    """Whether ``token`` would end the output of ``req`` by its id."""
+    params = req.sampling_params
+    if params.ignore_eos:
+        return False
+    tokenizer = req.tokenizer
+    return (
+        token in (req.eos_token_ids or ())
+        or token in (params.stop_token_ids or ())
+        or (tokenizer is not None and token == tokenizer.eos_token_id)
+    )
+
+
+def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **kwargs: Any) -> None:
+    """After ``_handle_finish_state_updated_req``: canonical prompts enter the cache, finished logs close."""
+    state = deterministic.of(req)
+    if state is None:
+        return
+    if req.finished():
+        state.log.release(req.finished_reason.to_json()["type"], state.log.num_committed)
+    elif state.insert_prompt:
+        from sglang.srt.mem_cache.common import maybe_cache_unfinished_req
+
+        state.insert_prompt = False
+        req.time_stats.set_prefill_finished_time()
+        maybe_cache_unfinished_req(req, processor.tree_cache)
+
+
+def accept_for_streaming(original: Callable[..., None], accumulator: Any, *, req: Req) -> None:
+    """Around the output accumulator's ``accept``: no empty chunks while candidates wait."""
+    waiting = deterministic.of(req) is not None and not req.finished()
+    if waiting and req.send_token_offset >= len(req.output_ids):
+        return
+    original(accumulator, req=req)

@@ -1,0 +1,199 @@
+"""The lane's bookkeeping and policy, simulated without a model."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_ext.llm42.lane import LaneConfig, LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
+
+
+class Simulation:
+    """Runs the lane over requests whose true continuation is known; drafts are wrong at random."""
+
+    def __init__(self, config: LaneConfig, seed: int, error_rate: float) -> None:
+        self.config = config
+        self.policy = LanePolicy(config)
+        self.random = random.Random(seed)
+        self.error_rate = error_rate
+        self.requests: dict[LaneRequest, list[bool]] = {}
+        self.waited: dict[LaneRequest, int] = {}
+        self.launched: list[Segment] = []
+        self.passes: list[list[Segment]] = []
+        self.step = 0
+
+    def admit(self, known: int, cached: int, max_new: int) -> LaneRequest:
+        request = LaneRequest(known_end=known, max_end=known + max_new, canonical_end=cached)
+        self.requests[request] = []
+        return request
+
+    def run_step(self) -> None:
+        """One decode step: apply, launch, draft - the order of the runtime."""
+        self.step += 1
+        for segment in self.launched:
+            self.apply(segment)
+        drafting = [r for r in self.requests if r.can_decode(self.config.capacity)]
+        self.launched = self.policy.plan(list(self.requests), self.step, bool(drafting))
+        self.check(self.launched)
+        if self.launched:
+            self.passes.append(self.launched)
+        for request in drafting:
+            write = request.decode_position
+            for segment in self.launched:
+                if segment.request is request:
+                    assert write >= segment.start + segment.rows, "decode would overwrite canonical KV"
+            request.drafted()
+            self.requests[request].append(self.random.random() < self.error_rate)
+
+    def apply(self, segment: Segment) -> None:
+        request = segment.request
+        before = request.canonical_end
+        if segment.kind is SegmentKind.PROMPT:
+            assert segment.start == request.canonical_end
+            request.prompt_done(segment.rows)
+        else:
+            wrong = self.requests[request]
+            matched = leading_matches([0] * segment.rows, [int(w) for w in wrong[: segment.rows]])
+            committed = request.verify_done(segment.rows, matched)
+            assert 1 <= committed <= segment.rows
+            self.requests[request] = wrong[segment.rows :] if matched == segment.rows else []
+        assert request.canonical_end > before, "commits only grow"
+        assert len(self.requests[request]) == request.pending
+        assert request.in_flight >= 0
+
+    def check(self, segments: list[Segment]) -> None:
+        assert len(segments) <= self.config.verify_batch_size
+        last_end: dict[LaneRequest, int] = {}
+        for segment in segments:
+            assert 1 <= segment.rows <= self.config.window_size
+            if segment.request in last_end:
+                assert segment.kind is SegmentKind.PROMPT
+                assert segment.start == last_end[segment.request], "segments of a request are consecutive"
+            last_end[segment.request] = segment.start + segment.rows
+
+
+configs = st.builds(
+    LaneConfig,
+    window_size=st.integers(1, 9),
+    verify_batch_size=st.integers(1, 6),
+    max_wait_steps=st.integers(0, 6),
+)
+prompts = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(0, 59), st.integers(0, 40)), min_size=1, max_size=8
+)
+
+
+@given(configs, prompts, st.integers(0, 1000), st.sampled_from([0.0, 0.1, 1.0]))
+@settings(deadline=None, max_examples=200)
+def test_every_request_completes(
+    config: LaneConfig, sizes: list[tuple[int, int, int]], seed: int, error_rate: float
+) -> None:
+    simulation = Simulation(config, seed, error_rate)
+    requests = [
+        simulation.admit(known, min(cached, known - 1), max_new) for known, cached, max_new in sizes
+    ]
+    for _ in range(20_000):
+        if all(r.complete for r in requests):
+            break
+        simulation.run_step()
+    assert all(r.complete for r in requests), "a request starves"
+    for request, (known, _, max_new) in zip(requests, sizes, strict=True):
+        assert request.base is not None
+        assert request.base + 1 <= max(request.max_end, known + 1), "no token behind the length limit"
+        assert request.base + 1 >= known + min(1, max_new)
+
+
+@given(configs, st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_a_due_window_waits_no_longer_than_the_rule_says(config: LaneConfig, seed: int) -> None:
+    """With prompts arriving all the time and more windows than fit, each is served in bounded time."""
+    simulation = Simulation(config, seed, 0.05)
+    rng = random.Random(seed)
+    since: dict[LaneRequest, int] = {}
+    limit = 0
+    for step in range(400):
+        if step % 2 == 0 and len(simulation.requests) < 12:
+            simulation.admit(rng.randint(1, 40), 0, rng.randint(1, 30))
+        limit = max(limit, len(simulation.requests))
+        simulation.run_step()
+        planned = {s.request for s in simulation.launched}
+        for request in list(simulation.requests):
+            if request.complete and request.in_flight == 0:
+                del simulation.requests[request]
+                since.pop(request, None)
+            elif request in planned or request.due_since is None:
+                since.pop(request, None)
+            elif request.decoding:
+                since.setdefault(request, step)
+                # At least every second pass segment goes to windows, oldest first; a full round over
+                # all requests plus the permitted wait bounds the delay.
+                assert step - since[request] <= config.max_wait_steps + 2 * limit + 2
+
+
+def test_pass_waits_to_fill_up_and_then_runs() -> None:
+    config = LaneConfig(window_size=2, verify_batch_size=2, max_wait_steps=3)
+    policy = LanePolicy(config)
+    request = LaneRequest(known_end=1, max_end=100, canonical_end=0)
+    [prompt] = policy.plan([request], 1, can_decode=False)
+    assert prompt.finishes_prompt
+    request.prompt_done(prompt.rows)
+    request.drafted()
+    assert policy.plan([request], 2, can_decode=True) == []
+    request.drafted()
+    assert policy.plan([request], 3, can_decode=True) == []
+    assert policy.plan([request], 5, can_decode=True) == []
+    assert len(policy.plan([request], 6, can_decode=True)) == 1
+
+
+def test_urgent_request_is_verified_at_once_and_fills_up_with_others() -> None:
+    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=3))
+    requests = []
+    for pending in (1, 5, 2, 3):
+        request = LaneRequest(known_end=1, max_end=100, canonical_end=0)
+        request.prompt_planned(1)
+        request.prompt_done(1)
+        request.pending = pending
+        requests.append(request)
+    assert policy.plan(requests, 1, can_decode=True) == []
+    requests[0].urgent = True
+    segments = policy.plan(requests, 2, can_decode=True)
+    assert [s.request for s in segments] == [requests[0], requests[1], requests[3]]
+    assert [s.rows for s in segments] == [1, 5, 3]
+
+
+def test_prompts_and_windows_share_the_pass() -> None:
+    policy = LanePolicy(LaneConfig(window_size=2, verify_batch_size=4))
+    long_prompt = LaneRequest(known_end=100, max_end=200, canonical_end=0)
+    running = []
+    for _ in range(3):
+        request = LaneRequest(known_end=1, max_end=100, canonical_end=0)
+        request.prompt_planned(1)
+        request.prompt_done(1)
+        request.pending = 2
+        running.append(request)
+    kinds = [s.kind for s in policy.plan([long_prompt, *running], 1, can_decode=True)]
+    assert kinds == [SegmentKind.PROMPT] * 2 + [SegmentKind.VERIFY] * 2
+
+
+def test_prompt_must_leave_a_row_to_compute() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        LaneRequest(known_end=5, max_end=10, canonical_end=5)
+
+
+def test_more_matches_than_candidates_are_refused() -> None:
+    request = LaneRequest(known_end=1, max_end=9, canonical_end=0)
+    request.prompt_planned(1)
+    request.prompt_done(1)
+    request.drafted()
+    request.verify_planned(1)
+    with pytest.raises(ValueError, match="matched 2"):
+        request.verify_done(1, 2)
+
+
+@pytest.mark.parametrize("arguments", [(0, 1), (1, 0), (1, 1, -1), (4, 1, 0, 3)])
+def test_impossible_lanes_are_refused(arguments: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError):
+        LaneConfig(*arguments)
