@@ -17,6 +17,7 @@ from typing import Any
 from sglang_ext.cpu.hook_table import HOOKS as CPU_HOOKS
 from sglang_ext.hook_types import Feature, Hook, Kind
 from sglang_ext.llm42.hook_table import HOOKS as LLM42_HOOKS
+from sglang_ext.tokenweave.hook_table import HOOKS as TOKENWEAVE_HOOKS
 
 __all__ = [
     "CHECKED_SGLANG_VERSIONS",
@@ -38,7 +39,7 @@ class HookError(RuntimeError):
 
 
 #: Every row of every feature.
-HOOKS: tuple[Hook, ...] = (*CPU_HOOKS, *LLM42_HOOKS)
+HOOKS: tuple[Hook, ...] = (*CPU_HOOKS, *LLM42_HOOKS, *TOKENWEAVE_HOOKS)
 
 
 def sglang_version() -> str | None:

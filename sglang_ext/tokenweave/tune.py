@@ -22,22 +22,31 @@ _CTAS = 8
 _TAX_TOKENS = 2048
 
 
+def is_mixture_of_experts(config: dict[str, Any]) -> bool:
+    """Whether a Hugging Face config describes a mixture of experts."""
+    return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
 def layer_of_config(config: dict[str, Any], world: int) -> LayerShape:
-    """Layer shape of a dense decoder from its Hugging Face ``config.json``.
+    """Layer shape of a decoder from its Hugging Face ``config.json``.
+
+    A mixture of experts is taken as a dense layer of the experts that one token uses: how many rows each
+    expert gets is not known beforehand.
 
     Raises:
-        ValueError: a field is missing, or the model is a mixture of experts, whose expert GEMMs have no
-            fixed row count and are left to the wave model.
+        ValueError: a field is missing.
     """
     config = config.get("text_config", config)
-    if any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
-        raise ValueError("tuning tables are for dense models; a mixture of experts uses the wave model")
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
+        intermediate = int(config["intermediate_size"])
+        if is_mixture_of_experts(config):
+            intermediate = int(config.get("moe_intermediate_size") or intermediate)
+            intermediate *= int(config["num_experts_per_tok"])
         return dense_layer(
             hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
+            intermediate=intermediate,
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or hidden // heads),
@@ -96,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=table.default_folder(), help="folder for the table")
     options = parser.parse_args(arguments)
     config = json.loads((options.model_path / "config.json").read_text(encoding="utf-8"))
+    if is_mixture_of_experts(config.get("text_config", config)):
+        parser.error("tables are for dense models; the server uses the wave model for a mixture of experts")
     shape = layer_of_config(config, options.tp_size)
     measured = measure_table(shape, options.max_tokens, options.dtype)
     print(f"{table.save(measured, options.output)}: {len(measured.tokens)} token counts, {measured.gpu}")
