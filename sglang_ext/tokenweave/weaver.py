@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -135,12 +135,20 @@ class Weaver:
 
             return run
 
+        before = replace(self.statistics)
         first, second = interleaver.run(
             [start(half, rows) for half, rows in zip(halves, places, strict=True)]
         )
         self.statistics.woven += 1
         if self.statistics.woven == 1:
-            logger.info("TokenWeave: first batch run as two halves, %d of %d tokens first", cut, tokens)
+            logger.info(
+                "TokenWeave: first batch run as two halves, %d of %d tokens first; %d fused steps, %d plain "
+                "all-reduces",
+                cut,
+                tokens,
+                self.statistics.fused - before.fused,
+                self.statistics.resolved - before.resolved,
+            )
         return _join(first, second)
 
     def all_reduce(

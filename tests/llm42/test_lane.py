@@ -92,9 +92,7 @@ def test_every_request_completes(
     config: LaneConfig, sizes: list[tuple[int, int, int]], seed: int, error_rate: float
 ) -> None:
     simulation = Simulation(config, seed, error_rate)
-    requests = [
-        simulation.admit(known, min(cached, known - 1), max_new) for known, cached, max_new in sizes
-    ]
+    requests = [simulation.admit(known, min(cached, known - 1), max_new) for known, cached, max_new in sizes]
     for _ in range(20_000):
         if all(r.complete for r in requests):
             break
