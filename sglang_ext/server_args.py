@@ -18,7 +18,9 @@ def _llm42_mode(text: str) -> bool:
     """Value of ``--enable-llm42`` when one is given: a mode number of the original, all alike here."""
     if text.isdigit() and int(text) in LLM42_MODES:
         return True
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, LLM42_MODES))} (or leave it out)")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is none of {', '.join(map(str, LLM42_MODES))} (or leave it out)"
+    )
 
 
 @dataclasses.dataclass

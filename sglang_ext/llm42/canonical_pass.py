@@ -171,7 +171,9 @@ class CanonicalPass:
         known += [[PADDING_TOKEN] * self.rows] * (self.segments - len(segments))
         ids = self._to_device(known)
         if any(s.kind is SegmentKind.VERIFY for s in segments):
-            verify = [s.kind is SegmentKind.VERIFY for s in segments] + [False] * (self.segments - len(segments))
+            verify = [s.kind is SegmentKind.VERIFY for s in segments] + [False] * (
+                self.segments - len(segments)
+            )
             from_table = used & self._to_device(verify)[:, None]
             ids = torch.where(from_table, candidates.read(pool[:, None], positions), ids)
         return ids.reshape(-1)

@@ -86,9 +86,7 @@ class Runtime:
         attention: factory of the row-invariant attention backend for the canonical pass.
     """
 
-    def __init__(
-        self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory
-    ) -> None:
+    def __init__(self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory) -> None:
         lane = config.lane
         self.config = config
         self.device = model_runner.device

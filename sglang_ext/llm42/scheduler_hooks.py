@@ -149,7 +149,11 @@ def prepare_for_decode(original: Callable[..., None], batch: ScheduleBatch) -> N
 
 
 def forward_batch_generation(
-    original: Callable[..., GenerationBatchResult], worker: Any, batch: ScheduleBatch | None, *args: Any, **kw: Any
+    original: Callable[..., GenerationBatchResult],
+    worker: Any,
+    batch: ScheduleBatch | None,
+    *args: Any,
+    **kw: Any,
 ) -> GenerationBatchResult:
     """Around ``TpModelWorker.forward_batch_generation``."""
     if batch is None:
@@ -171,7 +175,9 @@ def _skip_prefill(batch: ScheduleBatch) -> GenerationBatchResult:
     return empty_result(len(batch.reqs), batch)
 
 
-def sample(original: Callable[..., torch.Tensor], model_runner: Any, logits_output: Any, forward_batch: Any) -> Any:
+def sample(
+    original: Callable[..., torch.Tensor], model_runner: Any, logits_output: Any, forward_batch: Any
+) -> Any:
     """Around ``ModelRunner.sample``."""
     return runtime().sample(logits_output, lambda: original(model_runner, logits_output, forward_batch))
 
