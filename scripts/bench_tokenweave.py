@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sglang_ext.tokenweave import measure, split
+from sglang_ext.tokenweave import split
 from sglang_ext.tokenweave.kernel import AllReduceRmsNorm, virtual_ranks
 from sglang_ext.tokenweave.measure import Products, ResidentKernel, Timer, gpu_name, random_rows, versions
+from sglang_ext.tokenweave.multiprocessors import reserved_multiprocessors
 from sglang_ext.tokenweave.rows import owned_rows
 
 WORLD = 8
@@ -193,7 +194,7 @@ def bench_resident(timer: Timer, layer: Layer) -> list[Row]:
                 count = resident.rows_lasting(timer, 0.8 * alone, ctas, 32768)
                 kernel = timer.median_graph_us(lambda c=count, n=ctas: resident(c, n))
                 both = timer.median_graph_us(lambda b=block, c=count, n=ctas: resident.beside(b, c, n))
-                with measure.reserved_multiprocessors(ctas):
+                with reserved_multiprocessors(ctas):
                     reserved = timer.median_graph_us(
                         lambda b=block, c=count, n=ctas: resident.beside(b, c, n)
                     )

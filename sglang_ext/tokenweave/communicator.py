@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from sglang_ext.tokenweave import collective
+from sglang_ext.tokenweave import collective, multiprocessors
 from sglang_ext.tokenweave.kernel import AllReduceRmsNorm, RankBuffers
 
 
@@ -57,6 +58,9 @@ class Communicator(Protocol):
         The caller keeps ``partial`` and ``shard`` alive until it has joined.
         """
 
+    def beside_compute(self) -> AbstractContextManager[None]:
+        """Scope of a batch in two halves: compute inside it shares the GPU with the step."""
+
     def gather(self, rows: torch.Tensor, tokens: int) -> torch.Tensor:
         """All ranks' rows from each rank's own."""
 
@@ -85,6 +89,10 @@ class CollectiveCommunicator:
             return lambda: output
         return _beside(self._stream, step)
 
+    def beside_compute(self) -> AbstractContextManager[None]:
+        """Nothing to arrange: NCCL decides itself how many multiprocessors it takes."""
+        return nullcontext()
+
     def gather(self, rows: torch.Tensor, tokens: int) -> torch.Tensor:
         """See :class:`Communicator`."""
         return collective.gather_rows(rows, tokens, self._group)
@@ -103,6 +111,7 @@ class KernelCommunicator:
         ctas: thread blocks beside compute.
         fused_ctas: thread blocks where nothing runs beside the kernel.
         timeout_s: bound of a barrier's wait.
+        reserve: keep matrix products off the kernel's multiprocessors.
     """
 
     def __init__(
@@ -113,7 +122,9 @@ class KernelCommunicator:
         ctas: int,
         fused_ctas: int,
         timeout_s: float,
+        reserve: bool = True,
     ) -> None:
+        self._reserve = reserve
         self._buffers = buffers
         self._kernel = AllReduceRmsNorm(buffers, timeout_s)
         self._max_tokens = max_tokens
@@ -153,6 +164,12 @@ class KernelCommunicator:
             output = step()
             return lambda: output
         return _beside(self._stream, step)
+
+    def beside_compute(self) -> AbstractContextManager[None]:
+        """Matrix products keep off the kernel's multiprocessors, where that was measured to help."""
+        if self._reserve and self._ctas in multiprocessors.HELPS_WITH:
+            return multiprocessors.reserved_multiprocessors(self._ctas)
+        return nullcontext()
 
     def gather(self, rows: torch.Tensor, tokens: int) -> torch.Tensor:
         """See :class:`Communicator`."""

@@ -20,6 +20,8 @@ class TokenWeaveConfig:
         min_tokens: smallest batch that may be cut; None for 1,024, or 2,048 for a mixture of experts.
         ctas: thread blocks of the fused kernel beside compute.
         fused_ctas: thread blocks of the fused kernel where nothing runs beside it.
+        reserve: keep matrix products off the kernel's multiprocessors (see
+            :mod:`sglang_ext.tokenweave.multiprocessors`).
         path: "auto", "multicast", "peer" or "collective" (see :mod:`sglang_ext.tokenweave.paths`).
         barrier_timeout: seconds after which a barrier of the kernel gives up.
         table: folder of tuning tables; None for the default one.
@@ -31,6 +33,7 @@ class TokenWeaveConfig:
     min_tokens: int | None = None
     ctas: int = 8
     fused_ctas: int = 16
+    reserve: bool = True
     path: str = "auto"
     barrier_timeout: float = DEFAULT_TIMEOUT_S
     table: Path | None = None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -99,30 +97,6 @@ class ResidentKernel:
         probe = min(64 * ctas, limit)
         time = timer.median_graph_us(lambda: self(probe, ctas))
         return max(min(int(probe * span_us / time), limit), ctas)
-
-
-@contextlib.contextmanager
-def reserved_multiprocessors(count: int) -> Iterator[None]:
-    """Have cuBLAS plan its products for all but ``count`` multiprocessors of the current GPU.
-
-    Raises:
-        RuntimeError: cuBLAS refused.
-    """
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    _set_blas_multiprocessors(total - count)
-    try:
-        yield
-    finally:
-        _set_blas_multiprocessors(0)
-
-
-def _set_blas_multiprocessors(count: int) -> None:
-    """Set the multiprocessor target of torch's cuBLAS handle; 0 is the library's default."""
-    major = str(torch.version.cuda).split(".")[0]
-    library = ctypes.CDLL(f"libcublas.so.{major}")
-    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
-    if status := library.cublasSetSmCountTarget(handle, count):
-        raise RuntimeError(f"cublasSetSmCountTarget({count}) failed with status {status}")
 
 
 def gpu_name() -> str:

@@ -242,6 +242,7 @@ def _communicator(
         config.ctas,
         config.fused_ctas,
         config.barrier_timeout,
+        config.reserve,
     )
 
 

@@ -85,11 +85,13 @@ def measure_table(
 def _measure_tax(timer: Any, mlp: Any, hidden: int, tokens: int, dtype: Any) -> float:
     """Growth of the MLP block's time while the fused kernel is resident all along."""
     from sglang_ext.tokenweave.measure import ResidentKernel
+    from sglang_ext.tokenweave.multiprocessors import reserved_multiprocessors
 
     alone = timer.median_graph_us(lambda: mlp(tokens))
     resident = ResidentKernel(hidden, 16384, dtype)
     rows = resident.rows_lasting(timer, 0.8 * alone, _CTAS, 16384)
-    both = timer.median_graph_us(lambda: resident.beside(lambda: mlp(tokens), rows, _CTAS))
+    with reserved_multiprocessors(_CTAS):
+        both = timer.median_graph_us(lambda: resident.beside(lambda: mlp(tokens), rows, _CTAS))
     return max(both / alone, 1.0)
 
 
