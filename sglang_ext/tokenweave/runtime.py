@@ -126,11 +126,11 @@ def start(model_runner: Any) -> Runtime | None:
     config = TokenWeaveConfig.from_server_args(model_runner.server_args)
     if not config.enabled or model_runner.is_draft_worker:
         return None
-    if reason := stock_reason(model_runner.server_args):
-        if model_runner.tp_rank == 0:
+    coordinator = get_tp_group()
+    if reason := stock_reason(model_runner.server_args) or stack_reason(decoder_stack(model_runner.model)):
+        if coordinator.rank_in_group == 0:
             logger.warning("TokenWeave is off: %s; SGLang runs stock", reason)
         return None
-    coordinator = get_tp_group()
     path = _choose_path(config, model_runner, coordinator)
     hidden = model_runner.model_config.hidden_size
     weaver = Weaver(
@@ -138,7 +138,7 @@ def start(model_runner: Any) -> Runtime | None:
         world=coordinator.world_size,
         hidden=hidden,
         communicator=_communicator(config, path, model_runner, coordinator),
-        decide=_rule(config, path, model_runner, coordinator.world_size),
+        decide=_rule(config, path, model_runner, coordinator),
         save_state=save_sglang_state,
         fuse_whole=path is not paths.Path.COLLECTIVE or model_runner.device == "cpu",
         poison_residual=config.poison_residual,
@@ -163,6 +163,24 @@ def stock_reason(server_args: Any) -> str | None:
         "--enable-torch-compile traces the model": server_args.enable_torch_compile,
     }
     return next((reason for reason, applies in refusals.items() if applies), None)
+
+
+def decoder_stack(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that owns the decoder layers, behind whatever wrappers; None if there is none."""
+    from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import _resolve_transformer_layer_model
+
+    try:
+        return _resolve_transformer_layer_model(model)
+    except RuntimeError:
+        return None
+
+
+def stack_reason(stack: torch.nn.Module | None) -> str | None:
+    """Why a model's decoder stack cannot be run in halves, or None if it can."""
+    if stack is None:
+        return "the model has no decoder stack"
+    missing = {"input_ids", "positions", "forward_batch"} - set(inspect.signature(stack.forward).parameters)
+    return f"the model's decoder stack does not take {', '.join(sorted(missing))}" if missing else None
 
 
 def save_sglang_state() -> Callable[[], None]:
@@ -247,7 +265,7 @@ def _communicator(
 
 
 def _rule(
-    config: TokenWeaveConfig, path: paths.Path, model_runner: Any, world: int
+    config: TokenWeaveConfig, path: paths.Path, model_runner: Any, coordinator: Any
 ) -> Callable[[int], Decision]:
     """The rule that chooses the cut, logged once with what it rests on."""
     model = model_runner.model_config.hf_text_config.to_dict()
@@ -259,7 +277,7 @@ def _rule(
         return lambda tokens: _at(tokens, int(config.split), minimum)
     if config.split == "equal" or model_runner.device != "cuda":
         return lambda tokens: _at(tokens, tokens // 2, minimum)
-    shape = layer_of_config(model, world)
+    shape = layer_of_config(model, coordinator.world_size)
     dtype = str(model_runner.dtype).removeprefix("torch.")
     properties = torch.cuda.get_device_properties(model_runner.gpu_id)
     stored = table.load(
@@ -280,7 +298,7 @@ def _rule(
             shape.hidden,
             min_tokens=minimum,
         )
-    if model_runner.tp_rank == 0:
+    if coordinator.rank_in_group == 0:
         logger.info("TokenWeave cuts batches by the %s, from %d tokens, path %s", basis, minimum, path.value)
     return functools.lru_cache(maxsize=4096)(rule.decide)
 

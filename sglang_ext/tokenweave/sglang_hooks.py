@@ -27,9 +27,8 @@ def wrap_decoder_stack(model: torch.nn.Module, started: runtime.Runtime) -> None
     SGLang's prefill graph runner reads this forward's signature and replaces it for a while, hence
     ``functools.wraps`` and an instance attribute.
     """
-    from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import _resolve_transformer_layer_model
-
-    stack = _resolve_transformer_layer_model(model)
+    stack = runtime.decoder_stack(model)
+    assert stack is not None, "the runtime starts for models with a decoder stack only"
     original = stack.forward
     signature = inspect.signature(original)
 

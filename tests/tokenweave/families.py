@@ -236,7 +236,7 @@ def _run_group(folder: Path, woven: bool) -> list[dict[Any, Any]]:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=600)
+        process.join(timeout=3000)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
