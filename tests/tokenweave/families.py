@@ -128,8 +128,8 @@ class Driver:
             disable_overlap_schedule=True,
             random_seed=0,
         )
-        for name, value in flags.items():
-            setattr(arguments, name, value)
+        # Not setattr: SGLang's arguments are read-only once resolved, and need not know our flags here.
+        vars(arguments).update(flags)
         ports = PortArgs.init_new(arguments)
         ports.nccl_port = port
         publish(arguments, role="scheduler")
