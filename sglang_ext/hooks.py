@@ -20,6 +20,7 @@ from sglang_ext.hook_table import HOOKS as FLAG_HOOKS
 from sglang_ext.hook_types import Feature, Hook, Kind
 from sglang_ext.llm42.hook_table import HOOKS as LLM42_HOOKS
 from sglang_ext.llm42.server.hook_table import HOOKS as LLM42_SERVER_HOOKS
+from sglang_ext.tokenweave.hook_table import HOOKS as TOKENWEAVE_HOOKS
 
 __all__ = [
     "CHECKED_SGLANG_VERSIONS",
@@ -41,7 +42,13 @@ class HookError(RuntimeError):
 
 
 #: Every row of every feature.
-HOOKS: tuple[Hook, ...] = (*FLAG_HOOKS, *CPU_HOOKS, *LLM42_HOOKS, *LLM42_SERVER_HOOKS)
+HOOKS: tuple[Hook, ...] = (
+    *FLAG_HOOKS,
+    *CPU_HOOKS,
+    *LLM42_HOOKS,
+    *LLM42_SERVER_HOOKS,
+    *TOKENWEAVE_HOOKS,
+)
 
 
 def sglang_version() -> str | None:

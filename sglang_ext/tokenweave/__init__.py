@@ -1,0 +1,1 @@
+"""TokenWeave: compute/communication overlap for tensor-parallel workers (see docs/tokenweave.md)."""

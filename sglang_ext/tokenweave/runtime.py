@@ -1,0 +1,315 @@
+"""TokenWeave in one SGLang worker: eligibility, choice of path and rule, and the worker's one Weaver."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from sglang_ext.tokenweave import paths, table
+from sglang_ext.tokenweave.batch import BatchCutError, cut_batch
+from sglang_ext.tokenweave.communicator import CollectiveCommunicator, Communicator, KernelCommunicator
+from sglang_ext.tokenweave.config import TokenWeaveConfig
+from sglang_ext.tokenweave.split import CommModel, Decision, Gpu, SplitRule, WaveModel
+from sglang_ext.tokenweave.tune import is_mixture_of_experts, layer_of_config
+from sglang_ext.tokenweave.weaver import Weaver
+
+logger = logging.getLogger(__name__)
+
+_DENSE_MIN_TOKENS = 1024
+_EXPERTS_MIN_TOKENS = 2048
+#: Largest batch where SGLang does not chunk prompts.
+_UNCHUNKED_TOKENS = 16384
+
+
+@dataclass
+class Runtime:
+    """The worker's TokenWeave.
+
+    Attributes:
+        weaver: runs the decoder stack.
+        coordinator: SGLang's tensor-parallel group.
+        attention_backends: one attention backend per half, each with plans of its own.
+        refused: reasons already logged for which a batch was not cut.
+    """
+
+    weaver: Weaver
+    coordinator: Any
+    attention_backends: list[Any] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+
+    def covers(self, coordinator: Any) -> bool:
+        """Whether ``coordinator`` reduces over the ranks of the tensor-parallel group."""
+        return coordinator is self.coordinator or coordinator.ranks == self.coordinator.ranks
+
+    def cuts_prefill(self, tokens: int) -> bool:
+        """Whether a prefill batch of ``tokens`` would be cut; the same on every rank."""
+        return self.weaver.cut_for(tokens) is not None
+
+    def forward(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """One pass of the decoder stack (``original``), cut in two where the rule says so."""
+        arguments = bound.arguments
+        batch, tokens = arguments["forward_batch"], arguments["input_ids"].shape[0]
+        halves = self._halves(original, bound, batch, tokens) if tokens else None
+        if halves is None:
+            return self.weaver.run_whole(tokens, lambda: original(*bound.args, **bound.kwargs))
+        cut, calls = halves
+        return self.weaver.run_halves(cut, tokens, calls)
+
+    def _halves(
+        self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
+    ) -> tuple[int, list[Callable[[], Any]]] | None:
+        if not _is_plain_extend(batch.forward_mode):
+            return None
+        cut = self.weaver.cut_for(tokens)
+        if cut is None:
+            return None
+        try:
+            children = cut_batch(batch, cut)
+            pieces = [_slice_arguments(bound, rows) for rows in (slice(0, cut), slice(cut, tokens))]
+        except BatchCutError as error:
+            self._refuse(str(error))
+            return None
+        calls = []
+        for half, (child, piece) in enumerate(zip(children, pieces, strict=True)):
+            piece.arguments["forward_batch"] = child
+            calls.append(self._half(original, piece, half))
+        return cut, calls
+
+    def _half(
+        self, original: Callable[..., Any], piece: inspect.BoundArguments, half: int
+    ) -> Callable[[], Any]:
+        from sglang.srt.model_executor.forward_context import get_forward_context, set_forward_context
+
+        context = get_forward_context()
+        if self.attention_backends:
+            backend = self.attention_backends[half]
+            # Both plans are made before either half runs: planning may wait for the device.
+            backend.init_forward_metadata(piece.arguments["forward_batch"])
+            context = replace(context, attn_backend=backend)
+
+        def run() -> Any:
+            set_forward_context(context)
+            return original(*piece.args, **piece.kwargs)
+
+        return run
+
+    def _refuse(self, reason: str) -> None:
+        if reason not in self.refused:
+            self.refused.add(reason)
+            logger.info("TokenWeave does not cut batches of this kind: %s", reason)
+
+
+_runtime: Runtime | None = None
+
+
+def current() -> Runtime | None:
+    """This worker's runtime, or None where TokenWeave is off."""
+    return _runtime
+
+
+def start(model_runner: Any) -> Runtime | None:
+    """Set TokenWeave up for a worker whose model has just been loaded; None if it runs stock.
+
+    Raises:
+        sglang_ext.tokenweave.paths.PathError: the path asked for cannot be used, or the ranks differ.
+        ValueError: a flag is out of range.
+    """
+    global _runtime
+    from sglang.srt.distributed import get_tp_group
+
+    config = TokenWeaveConfig.from_server_args(model_runner.server_args)
+    if not config.enabled or model_runner.is_draft_worker:
+        return None
+    coordinator = get_tp_group()
+    if reason := stock_reason(model_runner.server_args) or stack_reason(decoder_stack(model_runner.model)):
+        if coordinator.rank_in_group == 0:
+            logger.warning("TokenWeave is off: %s; SGLang runs stock", reason)
+        return None
+    path = _choose_path(config, model_runner, coordinator)
+    hidden = model_runner.model_config.hidden_size
+    weaver = Weaver(
+        rank=coordinator.rank_in_group,
+        world=coordinator.world_size,
+        hidden=hidden,
+        communicator=_communicator(config, path, model_runner, coordinator),
+        decide=_rule(config, path, model_runner, coordinator),
+        save_state=save_sglang_state,
+        fuse_whole=path is not paths.Path.COLLECTIVE or model_runner.device == "cpu",
+        poison_residual=config.poison_residual,
+    )
+    _runtime = Runtime(weaver, coordinator)
+    return _runtime
+
+
+def stop() -> None:
+    """Forget this worker's runtime."""
+    global _runtime
+    _runtime = None
+
+
+def stock_reason(server_args: Any) -> str | None:
+    """Why this server's configuration cannot be woven, or None if it can."""
+    refusals = {
+        "there is only one tensor-parallel rank": server_args.tp_size == 1,
+        "pipeline parallelism passes residuals between stages": server_args.pp_size > 1,
+        "DP attention divides the tokens between ranks": server_args.enable_dp_attention,
+        "--enable-two-batch-overlap cuts batches itself": server_args.enable_two_batch_overlap,
+        "--enable-torch-compile traces the model": server_args.enable_torch_compile,
+    }
+    return next((reason for reason, applies in refusals.items() if applies), None)
+
+
+def decoder_stack(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that owns the decoder layers, behind whatever wrappers; None if there is none."""
+    from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import _resolve_transformer_layer_model
+
+    try:
+        return _resolve_transformer_layer_model(model)
+    except RuntimeError:
+        return None
+
+
+def stack_reason(stack: torch.nn.Module | None) -> str | None:
+    """Why a model's decoder stack cannot be run in halves, or None if it can."""
+    if stack is None:
+        return "the model has no decoder stack"
+    missing = {"input_ids", "positions", "forward_batch"} - set(inspect.signature(stack.forward).parameters)
+    return f"the model's decoder stack does not take {', '.join(sorted(missing))}" if missing else None
+
+
+def save_sglang_state() -> Callable[[], None]:
+    """Save what SGLang keeps in globals during a forward pass; returns what puts it back."""
+    from sglang.srt.model_executor import forward_context
+    from sglang.srt.runtime_context import get_forward
+
+    context, flags = forward_context._current, get_forward()._plain
+    saved = dict(flags)
+
+    def restore() -> None:
+        forward_context.set_forward_context(context)
+        flags.update(saved)
+
+    return restore
+
+
+def _is_plain_extend(mode: Any) -> bool:
+    return bool(mode.is_extend() and not mode.is_target_verify() and not mode.is_draft_extend_v2())
+
+
+def _slice_arguments(bound: inspect.BoundArguments, rows: slice) -> inspect.BoundArguments:
+    """The arguments of the decoder stack for ``rows`` (the batch itself is replaced by the caller).
+
+    Raises:
+        BatchCutError: an argument other than the known ones is given.
+    """
+    piece = inspect.BoundArguments(bound.signature, bound.arguments.copy())
+    for name, value in bound.arguments.items():
+        if value is None or name == "forward_batch":
+            continue
+        if name in ("input_ids", "input_embeds"):
+            piece.arguments[name] = value[rows]
+        elif name == "positions":
+            # Multimodal rotary positions are [3, tokens].
+            piece.arguments[name] = value[..., rows]
+        elif not (name in ("args", "kwargs") and not value):
+            raise BatchCutError(f"the decoder stack was given {name}")
+    return piece
+
+
+def _choose_path(config: TokenWeaveConfig, model_runner: Any, coordinator: Any) -> paths.Path:
+    on_gpu = model_runner.device == "cuda"
+    capabilities = paths.probe(
+        coordinator.world_size,
+        torch.device("cuda", model_runner.gpu_id) if on_gpu else torch.device(model_runner.device),
+        model_runner.model_config.hidden_size,
+        model_runner.dtype,
+        one_node=model_runner.server_args.nnodes == 1,
+    )
+    choice = paths.choose(config.path, capabilities)
+    paths.agree(choice, coordinator.cpu_group)
+    return choice.path
+
+
+def _communicator(
+    config: TokenWeaveConfig, path: paths.Path, model_runner: Any, coordinator: Any
+) -> Communicator:
+    device = coordinator.device
+    if path is paths.Path.COLLECTIVE:
+        return CollectiveCommunicator(coordinator.device_group, torch.device(model_runner.device))
+    from sglang_ext.tokenweave.symmetric import symmetric_ranks
+
+    max_tokens = max(model_runner.server_args.chunked_prefill_size or 0, 0) or _UNCHUNKED_TOKENS
+    buffers = symmetric_ranks(
+        coordinator.cpu_group,
+        2 * max_tokens,
+        model_runner.model_config.hidden_size,
+        model_runner.dtype,
+        device,
+        multicast=path is paths.Path.MULTICAST,
+    )
+    return KernelCommunicator(
+        buffers,
+        max_tokens,
+        coordinator.device_group,
+        config.ctas,
+        config.fused_ctas,
+        config.barrier_timeout,
+        config.reserve,
+    )
+
+
+def _rule(
+    config: TokenWeaveConfig, path: paths.Path, model_runner: Any, coordinator: Any
+) -> Callable[[int], Decision]:
+    """The rule that chooses the cut, logged once with what it rests on."""
+    model = model_runner.model_config.hf_text_config.to_dict()
+    experts = is_mixture_of_experts(model)
+    minimum = config.min_tokens or (_EXPERTS_MIN_TOKENS if experts else _DENSE_MIN_TOKENS)
+    if config.split == "never":
+        return lambda tokens: _whole(tokens, "--tokenweave-split never")
+    if config.split.isdecimal():
+        return lambda tokens: _at(tokens, int(config.split), minimum)
+    if config.split == "equal" or model_runner.device != "cuda":
+        return lambda tokens: _at(tokens, tokens // 2, minimum)
+    shape = layer_of_config(model, coordinator.world_size)
+    dtype = str(model_runner.dtype).removeprefix("torch.")
+    properties = torch.cuda.get_device_properties(model_runner.gpu_id)
+    stored = table.load(
+        config.table or table.default_folder(), table.shape_key(shape, dtype), properties.name
+    )
+    if stored is not None and not experts:
+        basis = f"tuning table of {stored.gpu}"
+        rule = SplitRule(
+            stored.beside(), stored.alone(), stored.comm or CommModel(), shape.hidden, min_tokens=minimum
+        )
+    else:
+        basis = "wave model"
+        gpu = Gpu(properties.multi_processor_count, 6e6 * properties.multi_processor_count)
+        rule = SplitRule(
+            WaveModel(shape, gpu, reserved=config.ctas),
+            WaveModel(shape, gpu),
+            CommModel(),
+            shape.hidden,
+            min_tokens=minimum,
+        )
+    if coordinator.rank_in_group == 0:
+        logger.info("TokenWeave cuts batches by the %s, from %d tokens, path %s", basis, minimum, path.value)
+    return functools.lru_cache(maxsize=4096)(rule.decide)
+
+
+def _whole(tokens: int, reason: str) -> Decision:
+    return Decision(tokens, None, float("inf"), 0.0, reason)
+
+
+def _at(tokens: int, cut: int, minimum: int) -> Decision:
+    if tokens < minimum:
+        return _whole(tokens, f"{tokens} tokens are fewer than the threshold of {minimum}")
+    if not 0 < cut < tokens:
+        return _whole(tokens, f"{tokens} tokens cannot be cut at {cut}")
+    return Decision(tokens, cut, 0.0, 0.0, f"cut at {cut} of {tokens}")
