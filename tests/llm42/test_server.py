@@ -482,10 +482,16 @@ class _Statistics:
 
 
 def test_counters_travel_with_the_internal_state() -> None:
-    scheduler = types.SimpleNamespace(llm42=types.SimpleNamespace(statistics=_Statistics()))
+    scheduler = types.SimpleNamespace(
+        llm42=types.SimpleNamespace(statistics=_Statistics()), llm42_configuration_digest="d"
+    )
     result = types.SimpleNamespace(internal_state={"theirs": 1})
     internal_state.get_internal_state(result, scheduler, None)
-    assert result.internal_state == {"theirs": 1, "llm42": {"decode_steps": 3}}
+    assert result.internal_state == {
+        "theirs": 1,
+        "llm42": {"decode_steps": 3},
+        "llm42_configuration": "d",
+    }
 
     reset = SetInternalStateReq(server_args={internal_state.RESET_KEY: 1})
     answer = internal_state.set_internal_state(
