@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def write_tiny_llama(
@@ -16,6 +18,7 @@ def write_tiny_llama(
     vocab: int = 512,
     max_positions: int = 1024,
     seed: int = 0,
+    twin_distance: float | None = None,
 ) -> Path:
     """Write a random bf16 Llama without tokenizer to ``folder`` and return it.
 
@@ -27,6 +30,8 @@ def write_tiny_llama(
         folder: made if absent.
         layers, hidden, intermediate, heads, kv_heads, vocab, max_positions: Llama's dimensions.
         seed: of the weights; equal arguments give equal weights.
+        twin_distance: where given, tokens 2k and 2k+1 have nearly the same logit: their rows of the output
+            matrix differ by this share of their size. Which of the two wins then hangs on rounding.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,5 +53,30 @@ def write_tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        if twin_distance is not None:
+            rows = model.lm_head.weight.data
+            rows[1::2] = rows[::2] + twin_distance * rows[1::2]
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def make_tokenizer(pieces: Sequence[str]) -> Any:
+    """A tokenizer in which id ``i`` stands for the text ``pieces[i]``; texts are simply joined.
+
+    Args:
+        pieces: one text per token id, all different; the first two are beginning and end of sequence.
+
+    Returns:
+        A ``transformers`` tokenizer; it decodes any ids and encodes only what is one piece.
+    """
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=pieces[0]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=pieces[0],
+        eos_token=pieces[1],
+        clean_up_tokenization_spaces=False,
+    )

@@ -19,8 +19,8 @@ HOOKS: tuple[Hook, ...] = (
     _row(
         "sglang.srt.server_args.ServerArgs._handle_cpu_backends",
         Kind.AROUND,
-        "platform:default_attention_backend",
-        "the default on x86 is intel_amx, which needs AMX",
+        "platform:default_backends",
+        "the default on x86 is intel_amx, which needs AMX; an idle scheduler polls at full speed",
     ),
     _row(
         "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__",

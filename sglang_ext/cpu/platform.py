@@ -28,12 +28,15 @@ def default_device(original: Callable[..., Any], *args: Any, **kwargs: Any) -> s
         return "cpu"
 
 
-def default_attention_backend(original: Callable[[Any], None], server_args: Any) -> None:
-    """Choose ``torch_native`` where SGLang would choose ``intel_amx`` on a CPU that has no AMX."""
+def default_backends(original: Callable[[Any], None], server_args: Any) -> None:
+    """Choose ``torch_native`` where SGLang would choose ``intel_amx`` on a CPU that has no AMX, and let an
+    idle scheduler sleep: polling, SGLang's default, takes a core away from whatever else computes."""
     from sglang.srt.utils import cpu_has_amx_support
 
     if server_args.device == "cpu" and server_args.attention_backend is None and not cpu_has_amx_support():
         server_args.attention_backend = "torch_native"
+    if server_args.device == "cpu":
+        server_args.sleep_on_idle = True
     original(server_args)
 
 

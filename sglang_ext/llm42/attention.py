@@ -20,7 +20,11 @@ def canonical_attention_factory(model_runner: ModelRunner) -> AttentionFactory:
         from sglang_ext.cpu.backend import CanonicalCpuAttnBackend
 
         return CanonicalCpuAttnBackend
+    if model_runner.device == "cuda":
+        from sglang_ext.llm42.flashinfer_attention import CanonicalFlashInferBackend
+
+        return CanonicalFlashInferBackend
     raise NotImplementedError(
-        f"--enable-llm42 has no row-invariant attention for device {model_runner.device!r} yet; "
-        "it runs with --device cpu"
+        f"--enable-llm42 has no row-invariant attention for device {model_runner.device!r}; "
+        "it runs with --device cpu or cuda"
     )

@@ -164,7 +164,9 @@ def test_batch_is_marked_prompt_by_prompt() -> None:
 def test_shared_parameters_of_a_batch_are_copied() -> None:
     obj = GenerateReqInput(input_ids=[[1], [2]], sampling_params={"is_deterministic": True})
     obj.normalize_batch_and_arguments()
-    assert [_custom(obj[i]) for i in range(2)] == [{REQUEST_KEY: True}] * 2
+    assert _custom(obj[0]) == {REQUEST_KEY: True}
+    assert obj[1].sampling_params == {"is_deterministic": True}
+    assert _custom(obj[1]) == {REQUEST_KEY: True}
 
 
 # Refusals

@@ -1,0 +1,64 @@
+"""Servers that the engine tests share, and the requests that they get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from models import make_tokenizer, write_tiny_llama
+from serving import SabotagedServer, Server, StartServer, running
+from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in this folder starts real servers."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+            item.add_marker(pytest.mark.timeout(1200))
+
+
+@pytest.fixture(scope="session")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for the servers' logs."""
+    return tmp_path_factory.mktemp("servers")
+
+
+@pytest.fixture
+def start_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[StartServer]:
+    """Starts a server for one test: ``start_server(model, *flags, **environment)``."""
+    with ExitStack() as stack:
+
+        def start(model: Path, *flags: str, **environment: str) -> Server:
+            log = logs / f"{request.node.name}-{len(list(logs.iterdir()))}.log"
+            return stack.enter_context(running(Server(model, log, (*LLM42_FLAGS, *flags), environment)))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def demo_server(smollm2: Path, logs: Path) -> Iterator[Server]:
+    """The demo model."""
+    flags = (*LLM42_FLAGS, "--max-total-tokens", "16384", "--chunked-prefill-size", "256")
+    with running(Server(smollm2, logs / "demo.log", flags)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in which a rounding difference soon becomes another token; id ``i`` is text ``wi``."""
+    folder = tmp_path_factory.mktemp("random_llama")
+    write_tiny_llama(folder, layers=4, hidden=256, intermediate=512, vocab=VOCABULARY, twin_distance=0.005)
+    make_tokenizer(["<s>", "</s>", *(f"w{i} " for i in range(2, VOCABULARY))]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sabotaged_server(random_llama: Path, logs: Path) -> Iterator[SabotagedServer]:
+    """A server with the random Llama that can be broken in the ways of the test-only plugin."""
+    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192")
+    server = SabotagedServer(random_llama, logs / "sabotaged.log", flags, ONE_THREAD)
+    with running(server):
+        yield server

@@ -1,0 +1,163 @@
+"""A second SGLang plugin, for tests only: breaks one part of sglang_ext while a file says so.
+
+Loaded where this folder is on ``PYTHONPATH``. The file named by the environment variable ``SABOTAGE_FILE``
+holds the name of a :class:`Mode` or nothing; it is read at every use, so that one server can be broken in
+several ways and mended again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTROL = "SABOTAGE_FILE"
+
+#: Share of candidates that :attr:`Mode.CORRUPT_CANDIDATES` replaces.
+CORRUPTED_SHARE = 0.18
+
+
+class Mode(StrEnum):
+    """What is broken."""
+
+    NOTHING = ""
+    TORCH_ATTENTION = "torch_attention"  # canonical passes attend with torch's scaled_dot_product_attention
+    STOCK_PREFILL = "stock_prefill"  # prompts of marked requests are computed by SGLang's prefill
+    SHARED_CACHE = "shared_cache"  # marked requests match and insert in everybody's cache namespace
+    BATCH_SAMPLER = "batch_sampler"  # candidates and canonical rows are drawn by SGLang's sampler
+    WHOLE_WINDOW_FINISH = "whole_window_finish"  # the tokens of a window are finish-checked as one lump
+    CORRUPT_CANDIDATES = "corrupt_candidates"  # a share of the candidates is replaced by other tokens
+    LEAK_CANDIDATES = "leak_candidates"  # slots of candidates are never freed
+
+
+def active(mode: Mode) -> bool:
+    """Whether ``mode`` is what the control file asks for."""
+    return Path(os.environ[CONTROL]).read_text() == mode
+
+
+def register() -> None:
+    """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
+    from sglang_ext.llm42 import commit, request, runtime, sampling, scheduler_hooks
+
+    _wrap(scheduler_hooks, "canonical_attention_factory", _attention_factory)
+    _wrap(scheduler_hooks, "forward_batch_generation", _forward_batch_generation)
+    _wrap(scheduler_hooks, "release_overallocated", _release_overallocated)
+    _wrap(request, "attach", _attach)
+    _wrap(commit, "_append_verdict", _append_verdict)
+    _wrap(sampling, "sample", _sample)
+    _wrap(runtime.Runtime, "sample", _draw_candidates)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def _attention_factory(original: Callable[..., Any], model_runner: Any) -> type:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    canonical: Any = original(model_runner)
+
+    class Attention(canonical):
+        def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            owner = TorchNativeAttnBackend if active(Mode.TORCH_ATTENTION) else canonical
+            return owner.forward_extend(self, *args, **kwargs)
+
+    return Attention
+
+
+def _forward_batch_generation(
+    original: Callable[..., Any], stock: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any
+) -> Any:
+    if batch is not None and batch.forward_mode.is_extend() and active(Mode.STOCK_PREFILL):
+        marked = [req.llm42.lane for req in batch.reqs if req.llm42 is not None]
+        if marked:
+            stock(worker, batch, *args, **kw)
+        for lane in marked:
+            # The lane still computes the last row: its logits give the first token.
+            lane.canonical_end = lane.planned_end = lane.known_end - 1
+    return original(stock, worker, batch, *args, **kw)
+
+
+def _release_overallocated(
+    original: Callable[..., None], stock: Callable[..., None], req: Any, *args: Any
+) -> None:
+    if req.llm42 is None or not active(Mode.LEAK_CANDIDATES):
+        original(stock, req, *args)
+
+
+def _attach(original: Callable[..., None], req: Any) -> None:
+    shared = req.extra_key
+    original(req)
+    if active(Mode.SHARED_CACHE):
+        req.extra_key = shared
+
+
+def _append_verdict(original: Callable[..., None], req: Any, state: Any, verdict: Any) -> None:
+    if not active(Mode.WHOLE_WINDOW_FINISH) or verdict.ends_prefill:
+        original(req, state, verdict)
+        return
+    start = len(req.output_ids)
+    req.output_ids.extend(verdict.tokens)
+    req.update_finish_state(len(verdict.tokens))
+    if req.finished_len is not None:
+        del req.output_ids[req.finished_len :]
+    kept = len(req.output_ids) - start
+    state.log.commit_window(
+        start, verdict.tokens, matched=verdict.matched, candidates=verdict.candidates, kept=kept
+    )
+
+
+_drawing_candidates = False
+_random = torch.Generator().manual_seed(0)
+
+
+def _draw_candidates(original: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    global _drawing_candidates
+    _drawing_candidates = True
+    try:
+        return original(*args)
+    finally:
+        _drawing_candidates = False
+
+
+def _sample(
+    original: Callable[..., torch.Tensor], logits: torch.Tensor, rows: Any, positions: torch.Tensor
+) -> torch.Tensor:
+    if active(Mode.BATCH_SAMPLER):
+        return _sample_as_batch(logits, rows, positions)
+    token_ids = original(logits, rows, positions)
+    if not _drawing_candidates or not active(Mode.CORRUPT_CANDIDATES):
+        return token_ids
+    wrong = torch.rand(len(token_ids), generator=_random) < CORRUPTED_SHARE
+    return torch.where(wrong, (token_ids + 7) % logits.shape[1], token_ids)
+
+
+def _sample_as_batch(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> torch.Tensor:
+    """As ``sglang.srt.layers.sampler.Sampler``: one path for all rows, chosen by what any of them needs."""
+    from sglang.srt.layers import sampler
+
+    if not rows.any_sampled:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.float() / rows.temperature[:, None], dim=-1)
+    if not rows.any_truncated and not bool(rows.greedy.any()):
+        drawn = sampler.sampling_from_probs_torch(probabilities, sampling_seed=rows.seed, positions=positions)
+    else:
+        drawn = sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+            probabilities,
+            torch.where(rows.greedy, 1, rows.top_k),
+            rows.top_p,
+            rows.min_p,
+            bool((rows.min_p > 0).any()),
+            rows.seed,
+            positions,
+        )
+    return drawn.view(-1).to(torch.int64)

@@ -1,0 +1,250 @@
+"""A real server on this machine, and the few calls that the engine tests make to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+#: Seconds that a server may take to start, and a request to be answered, on a busy machine.
+START_TIMEOUT_S = 400
+REQUEST_TIMEOUT_S = 300
+
+#: Folder of the test-only plugin, and the variable that names its control file.
+SABOTAGE_FOLDER = Path(__file__).parent / "sabotage_plugin"
+SABOTAGE_FILE = "SABOTAGE_FILE"
+
+#: SGLang ends the scheduler at the first slot that is lost, freed twice or used after it was freed.
+STRICT_MEMORY_CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of ``POST /generate``.
+
+    Attributes:
+        prompt: token ids.
+        marked: whether it is deterministic.
+        sampling: further sampling parameters.
+    """
+
+    prompt: tuple[int, ...]
+    marked: bool = True
+    sampling: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def body(self) -> dict[str, Any]:
+        """What is posted."""
+        mark = {"is_deterministic": True} if self.marked else {}
+        return {"input_ids": list(self.prompt), "sampling_params": {**self.sampling, **mark}}
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request returned; equality leaves out ``meta``, which tells about the way there.
+
+    Attributes:
+        token_ids: output token ids.
+        text: output text, empty where the server has no tokenizer.
+        finish: finish reason as SGLang gives it.
+        meta: everything in ``meta_info``.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish: Mapping[str, Any] | None
+    meta: Mapping[str, Any] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> Output:
+        """From one answer of ``POST /generate``."""
+        meta = answer["meta_info"]
+        return cls(tuple(answer["output_ids"]), answer.get("text") or "", meta["finish_reason"], meta)
+
+
+class ServerError(RuntimeError):
+    """The server did not start, ended, or refused a request; the message holds the end of its log."""
+
+
+class Server:
+    """``python -m sglang_ext.launch_server`` in processes of its own.
+
+    Args:
+        model: folder of the model.
+        log: file for everything that the server prints.
+        flags: further command-line flags.
+        environment: further environment variables.
+    """
+
+    def __init__(
+        self, model: Path, log: Path, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.log = log
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "sglang_ext.launch_server", "--model-path", str(model)]
+        command += ["--port", str(port), "--skip-server-warmup", *flags]
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **STRICT_MEMORY_CHECKS, **(environment or {})},
+            )
+
+    # Life
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers.
+
+        Raises:
+            ServerError: it ended first, or START_TIMEOUT_S passed.
+        """
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"the server ended with status {self.process.returncode}:\n{self.tail()}")
+            try:
+                if requests.get(f"{self.url}/model_info", timeout=5).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass  # not listening yet
+            time.sleep(0.25)
+        raise ServerError(f"the server did not answer within {START_TIMEOUT_S} s:\n{self.tail()}")
+
+    def stop(self) -> None:
+        """End the server and all of its processes, which share a process group."""
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, how)
+            except ProcessLookupError:
+                break
+            try:
+                self.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait(timeout=20)
+
+    def tail(self, lines: int = 40) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    # Calls
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None, **kwargs: Any) -> requests.Response:
+        """``POST path``; the answer may be an error of the request's.
+
+        Raises:
+            ServerError: there is no answer.
+        """
+        try:
+            return requests.post(f"{self.url}{path}", json=body, timeout=REQUEST_TIMEOUT_S, **kwargs)
+        except requests.RequestException as error:
+            raise ServerError(f"POST {path}: {error}\n{self.tail()}") from error
+
+    def generate(self, request: Request, **fields: Any) -> Output:
+        """Run one request; ``fields`` are put into the body beside it."""
+        answer = self.post("/generate", {**request.body(), **fields})
+        if answer.status_code != 200:
+            raise ServerError(f"POST /generate: {answer.status_code} {answer.text[:500]}\n{self.tail()}")
+        return Output.of(answer.json())
+
+    def stream(self, request: Request, **fields: Any) -> Iterator[Output]:
+        """Run one request and yield what has come of it after each message."""
+        body = {**request.body(), **fields, "stream": True}
+        with self.post("/generate", body, stream=True) as answer:
+            for line in answer.iter_lines():
+                data = line.removeprefix(b"data: ")
+                if data and data != b"[DONE]":
+                    yield Output.of(json.loads(data))
+
+    def together(self, crowd: Sequence[Request], gap_s: float = 0.01) -> list[Output]:
+        """Run ``crowd`` at the same time, arriving one after the other."""
+        return at_once([lambda request=request: self.generate(request) for request in crowd], gap_s)
+
+    def abort(self, rid: str) -> None:
+        """Ask for the end of one request."""
+        self.post("/abort_request", {"rid": rid})
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache, as soon as no request is left.
+
+        Raises:
+            ServerError: the server still has requests after 30 s.
+        """
+        answer = self.post("/flush_cache?timeout=30")
+        if answer.status_code != 200:
+            raise ServerError(f"POST /flush_cache: {answer.text}\n{self.tail()}")
+
+    def statistics(self) -> dict[str, int]:
+        """LLM-42's counters since :meth:`reset_statistics`."""
+        return requests.get(f"{self.url}/llm42_stats", timeout=REQUEST_TIMEOUT_S).json()["dp_0"]
+
+    def reset_statistics(self) -> None:
+        """Set LLM-42's counters to zero."""
+        self.post("/reset_llm42_stats")
+
+
+def at_once(calls: Sequence[Callable[[], Any]], gap_s: float = 0.01) -> list[Any]:
+    """Results of ``calls``, made in threads that start ``gap_s`` seconds after each other."""
+    with ThreadPoolExecutor(max(1, len(calls))) as pool:
+        futures = []
+        for call in calls:
+            futures.append(pool.submit(call))
+            time.sleep(gap_s)
+        return [future.result() for future in futures]
+
+
+class SabotagedServer(Server):
+    """A server with the test-only plugin, which breaks what :meth:`broken` says."""
+
+    def __init__(
+        self, model: Path, log: Path, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._control = log.with_suffix(".sabotage")
+        self._control.write_text("")
+        path = os.pathsep.join(filter(None, [str(SABOTAGE_FOLDER), os.environ.get("PYTHONPATH")]))
+        variables = {"PYTHONPATH": path, SABOTAGE_FILE: str(self._control)}
+        super().__init__(model, log, flags, {**variables, **(environment or {})})
+
+    @contextmanager
+    def broken(self, mode: str) -> Iterator[None]:
+        """Break one thing, named by a ``Mode`` of the plugin; afterwards all is whole and the cache empty."""
+        self._control.write_text(mode)
+        try:
+            yield
+        finally:
+            self._control.write_text("")
+            self.flush_cache()
+
+
+#: ``start_server(model, *flags, **environment)`` of the fixture with this name.
+StartServer = Callable[..., Server]
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Wait until ``server`` answers, and stop it afterwards."""
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()

@@ -1,0 +1,142 @@
+"""KV accounting: after any mix of traffic SGLang's strict checks pass and every slot comes back.
+
+The checks end the scheduler, and with it the server, at the first step after which slots are missing, free
+twice, or in use and free at once.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from determinism import run_alone, unmarked
+from serving import Output, Request, SabotagedServer, Server, ServerError, StartServer, at_once
+from workloads import LLM42_FLAGS, ONE_THREAD, marked, random_prompts
+
+#: Slots of the KV pool, a third of what the traffic would need at once, so that requests are retracted and
+#: cached prefixes evicted.
+POOL = 960
+
+#: A low estimate of how many tokens requests will generate lets more of them in than the pool can hold.
+TIGHT = ("--max-total-tokens", str(POOL), "--schedule-conservativeness", "0.05")
+
+RETRACTED = re.compile("Retract requests|Testing retraction")
+
+SUBJECTS = [
+    *marked(random_prompts(6, 10, 90, seed=2), max_new_tokens=64, ignore_eos=True, temperature=1.0),
+    *marked(random_prompts(3, 10, 60, seed=3), max_new_tokens=40, ignore_eos=True, temperature=0.0),
+]
+LONG = Request(random_prompts(1, 600, 600, seed=4)[0], True, {"max_new_tokens": 8})
+
+
+def _streamed(server: Server, request: Request) -> Output:
+    """The end of a stream whose every message continued the one before."""
+    outputs = list(server.stream(request))
+    assert len(outputs) > 1
+    for earlier, later in pairwise(outputs):
+        assert later.token_ids[: len(earlier.token_ids)] == earlier.token_ids
+        assert later.text.startswith(earlier.text)
+    return outputs[-1]
+
+
+def _aborted_while_streaming(server: Server, request: Request, rid: str) -> None:
+    """Ask for the end of a request as soon as it has a token."""
+    for number, _ in enumerate(server.stream(request, rid=rid)):
+        if number == 0:
+            server.abort(rid)
+
+
+def _left_alone(server: Server, request: Request) -> None:
+    """Close the connection after the first message, as a client that has gone does."""
+    next(server.stream(request))
+
+
+def _aborted_after(server: Server, request: Request, rid: str, delay_s: float) -> None:
+    """Ask for the end of a request after a while, be it waiting, in its prompt or decoding."""
+
+    def abort() -> None:
+        time.sleep(delay_s)
+        server.abort(rid)
+
+    at_once([lambda: server.post("/generate", {**request.body(), "rid": rid}), abort])
+
+
+def _traffic(server: Server, round_: int) -> list[Output]:
+    """All sorts of requests at once, in another order each round; returns the outputs of SUBJECTS."""
+    watched: list[Callable[[], Any]] = [
+        (lambda s=s: _streamed(server, s)) if i % 3 == 0 else (lambda s=s: server.generate(s))
+        for i, s in enumerate(SUBJECTS)
+    ]
+    others: list[Callable[[], Any]] = [lambda s=s: server.generate(unmarked(s)) for s in SUBJECTS]
+    others += [lambda s=s: _left_alone(server, s) for s in (SUBJECTS[0], unmarked(SUBJECTS[1]))]
+    for i, subject in enumerate(SUBJECTS[2:5]):
+        rid = f"decoding-{round_}-{i}"
+        others.append(lambda s=subject, rid=rid: _aborted_while_streaming(server, s, rid))
+    for i, delay_s in enumerate((0.02, 0.05, 0.1, 0.3)):
+        rid = f"prompt-{round_}-{i}"
+        others.append(lambda rid=rid, delay_s=delay_s: _aborted_after(server, LONG, rid, delay_s))
+    calls = list(enumerate(watched + others))
+    random.Random(round_).shuffle(calls)
+    results = dict(zip((i for i, _ in calls), at_once([call for _, call in calls], gap_s=0.02), strict=True))
+    return [results[i] for i in range(len(SUBJECTS))]
+
+
+def _used_slots(server: Server) -> int:
+    """Slots of the KV pool that are neither free nor only cached."""
+    loads = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"]
+    return sum(load["num_used_tokens"] for load in loads)
+
+
+def _wait_until_idle(server: Server) -> None:
+    deadline = time.monotonic() + 60
+    while _used_slots(server):
+        assert time.monotonic() < deadline, f"{_used_slots(server)} slots are still in use\n{server.tail()}"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment"),
+    [
+        pytest.param(TIGHT, {}, id="page-1"),
+        pytest.param((*TIGHT, "--page-size", "16"), {}, id="page-16"),
+        pytest.param(
+            ("--max-total-tokens", "4096", "--disable-overlap-schedule"),
+            {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"},
+            id="retract-often",
+        ),
+    ],
+)
+def test_every_slot_comes_back(
+    start_server: StartServer, random_llama: Path, flags: tuple[str, ...], environment: dict[str, str]
+) -> None:
+    server = start_server(random_llama, *flags, **ONE_THREAD, **environment)
+    expected = run_alone(server, SUBJECTS)
+    for round_ in range(2):
+        assert _traffic(server, round_) == expected
+    _wait_until_idle(server)
+    time.sleep(1)  # the idle check runs when nothing is left to do
+    server.flush_cache()
+    log = server.log.read_text()
+    assert RETRACTED.search(log), "the traffic was too tame: no request was retracted"
+    assert not any(word in log.lower() for word in ("leak detected", "double free", "use-after-free"))
+    assert run_alone(server, SUBJECTS[:1]) == expected[:1]
+
+
+def test_a_leak_ends_the_server(random_llama: Path, logs: Path) -> None:
+    """The checks that the tests above rely on are on, and see what this package could forget."""
+    server = SabotagedServer(random_llama, logs / "leaking.log", LLM42_FLAGS, ONE_THREAD)
+    try:
+        server.wait_until_ready()
+        with pytest.raises(ServerError), server.broken("leak_candidates"):
+            for _ in range(5):
+                server.together(SUBJECTS)
+        assert "leak detected" in server.log.read_text().lower()
+    finally:
+        server.stop()

@@ -1,0 +1,234 @@
+"""Committing on SGLang's own request object: how tokens are cut into verdicts changes nothing."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import make_tokenizer
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.hf_transformers_utils import attach_additional_stop_token_ids
+
+from sglang_ext.llm42 import commit as commit_module
+from sglang_ext.llm42.commit import commit, update_finish_state
+from sglang_ext.llm42.config import REQUEST_KEY
+from sglang_ext.llm42.request import DeterministicRequest, Verdict, attach
+
+EOS = 1
+#: Ids 2 and up; what overlaps makes stop strings span tokens in more than one way.
+PIECES = ("a", "b", "ab", "ba", "c", "aab", " ", "x")
+VOCABULARY = 2 + len(PIECES)
+PROMPT = (2, 3, 4)
+
+TOKENIZER = make_tokenizer(("<s>", "</s>", *PIECES))
+attach_additional_stop_token_ids(TOKENIZER)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A canonical token sequence and what may end it."""
+
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+    stops: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sequence(self) -> tuple[int, ...]:
+        """The tokens that the lane would judge: it never goes beyond the allowed length."""
+        return self.tokens[: self.max_new_tokens]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What leaves a request."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish: dict[str, Any] | None
+    finished_len: int | None
+
+
+CASES = (
+    Case((2, 3, 4, 5, 6, 7, 2, 3, 4, 5), 10),
+    Case((2, 3, 4, EOS, 6, 7, 2, 3, 4, 5), 10),
+    Case((2, 3, 4, 5, 6, 7, 2, 3, EOS, 5), 9),
+    Case((2, 3, 4, 5, 6, 7, 2, 3, 4, EOS), 10),
+    Case((2, 3, 4, 6, EOS, 7, 2, 3, 4, 5), 10, {"ignore_eos": True}),
+    Case((2, 8, 2, 6, 3, 2, 5, EOS, 2, 2), 9, {"stop": ["bab"]}),
+    Case((2, 8, 2, 3, 2, 3, EOS, 6, 2, 2), 8, {"stop": ["abab", "c"]}),
+    Case((8, 8, 4, 6, 7, 9, 6, 6, 2, EOS), 10, {"stop": ["ca", "aabx"], "stop_token_ids": [9]}),
+    Case((8, 8, 4, 6, 9, 7, 6, 6, 2, EOS), 6, {"stop_regex": ["c.a+b"], "stop_token_ids": [7]}),
+    Case((8, 8, 4, 6, 7, 2, 6, 6, 2, EOS), 7, {"stop_regex": ["x|ca{2,3}b"], "stop": ["aba", "ba"]}),
+    Case((2, 3, 7, 6, EOS, 8, 8, 8, 8, 8), 5, {"stop": ["c"], "stop_token_ids": [6]}),
+)
+
+
+def _request(case: Case, marked: bool) -> Req:
+    params = SamplingParams(
+        max_new_tokens=case.max_new_tokens, custom_params={REQUEST_KEY: marked}, **case.stops
+    )
+    params.normalize(TOKENIZER)
+    req = Req("r", "", array("q", PROMPT), params, eos_token_ids={EOS}, vocab_size=VOCABULARY)
+    req.tokenizer = TOKENIZER
+    req.cached_tokens = 0
+    attach(req)
+    return req
+
+
+def _outcome(req: Req) -> Outcome:
+    token_ids = tuple(req.output_ids_through_stop)
+    finish = req.finished_reason.to_json() if req.finished_reason else None
+    return Outcome(token_ids, TOKENIZER.decode(token_ids), finish, req.finished_len)
+
+
+def _one_by_one(case: Case) -> Outcome:
+    """SGLang's own ordinary decoding of an unmarked request: one token, one check."""
+    req = _request(case, marked=False)
+    for token in case.sequence:
+        req.output_ids.append(token)
+        req.update_finish_state()
+        if req.finished():
+            break
+    return _outcome(req)
+
+
+def _in_verdicts(case: Case, verdicts: Sequence[Sequence[Verdict]]) -> tuple[Outcome, DeterministicRequest]:
+    """The same tokens decided by ``verdicts``, each inner sequence committed in one step of SGLang's."""
+    req = _request(case, marked=True)
+    for step in verdicts:
+        token_ids = commit(req, step)
+        # From here on as SGLang processes a step that accepted several tokens.
+        req.output_ids.extend(token_ids)
+        req.update_finish_state(max(1, len(token_ids)))
+        if req.finished():
+            break
+        assert req.kv_committed_len == len(PROMPT) + len(req.output_ids) - 1
+    return _outcome(req), req.llm42
+
+
+def _cut(
+    tokens: Sequence[int], lengths: Sequence[int], corrected: Callable[[int], bool] = lambda i: i % 2 == 0
+) -> list[Verdict]:
+    """One verdict per length after the one that ends the prompt; ``corrected`` says which hold a mismatch."""
+    verdicts = [Verdict((tokens[0],), 0, 0, ends_prefill=True)]
+    start = 1
+    for number, length in enumerate(lengths):
+        wrong = corrected(number)
+        verdicts.append(
+            Verdict(tuple(tokens[start : start + length]), length - wrong, length + 2, ends_prefill=False)
+        )
+        start += length
+    assert start == len(tokens)
+    return verdicts
+
+
+def _every_cut(count: int) -> Iterator[list[int]]:
+    """Every way to write ``count`` as an ordered sum."""
+    inner = range(1, count)
+    for borders in (chosen for size in range(count) for chosen in combinations(inner, size)):
+        edges = [0, *borders, count]
+        yield [end - start for start, end in pairwise(edges)]
+
+
+@pytest.fixture(autouse=True)
+def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``Req.update_finish_state`` as it is in a scheduler with LLM-42."""
+    _hook(monkeypatch)
+
+
+def _hook(patch: pytest.MonkeyPatch) -> None:
+    original = Req.update_finish_state
+    patch.setattr(
+        Req, "update_finish_state", lambda req, new_len=1: update_finish_state(original, req, new_len)
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_every_cut_finishes_alike(case: Case) -> None:
+    expected = _one_by_one(case)
+    digests = set()
+    for lengths in _every_cut(len(case.sequence) - 1):
+        verdicts = _cut(case.sequence, lengths)
+        for steps in ([[v] for v in verdicts], [verdicts], [verdicts[:1], verdicts[1:]]):
+            outcome, state = _in_verdicts(case, steps)
+            assert outcome == expected, (lengths, len(steps))
+            assert state.log.tokens == expected.token_ids
+            digests.add(state.log.digest)
+    assert len(digests) == 1
+
+
+def test_the_cases_end_in_every_way() -> None:
+    finishes = [_one_by_one(case).finish for case in CASES]
+    assert all(finishes)
+    kinds = {(f["type"], type(f.get("matched")).__name__) for f in finishes if f}
+    assert kinds == {("length", "NoneType"), ("stop", "int"), ("stop", "str")}
+    assert len({str(f) for f in finishes}) >= 7
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_cut_of_any_tokens(data: st.DataObject) -> None:
+    text = st.text("abc x", min_size=1, max_size=4)
+    case = Case(
+        tuple(data.draw(st.lists(st.integers(1, VOCABULARY - 1), min_size=2, max_size=24))),
+        data.draw(st.integers(2, 24)),
+        {
+            "stop": data.draw(st.lists(text, max_size=2)),
+            "stop_regex": data.draw(st.lists(st.sampled_from(["a{3}", "[xc]a", "b +b"]), max_size=1)),
+            "stop_token_ids": data.draw(st.lists(st.integers(2, VOCABULARY - 1), max_size=1)),
+            "ignore_eos": data.draw(st.booleans()),
+        },
+    )
+    remaining, lengths = len(case.sequence) - 1, []
+    while remaining:
+        lengths.append(data.draw(st.integers(1, remaining)))
+        remaining -= lengths[-1]
+    verdicts = _cut(case.sequence, lengths, corrected=lambda i: data.draw(st.booleans()))
+    steps: list[list[Verdict]] = [[]]
+    for verdict in verdicts:
+        steps[-1].append(verdict)
+        if data.draw(st.booleans()):
+            steps.append([])
+    outcome, state = _in_verdicts(case, [step for step in steps if step])
+    assert outcome == _one_by_one(case)
+    assert state.log.tokens == outcome.token_ids
+
+
+def test_an_aborted_request_commits_nothing_more() -> None:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    case = CASES[0]
+    req = _request(case, marked=True)
+    first, *rest = _cut(case.sequence, [4, 5])
+    req.output_ids.extend(commit(req, [first]))
+    req.to_finish = FINISH_ABORT("gone")
+    assert commit(req, rest) == []
+    req.update_finish_state(1)
+    assert req.finished() and list(req.output_ids) == [case.tokens[0]]
+    assert req.llm42.log.num_committed == 1
+
+
+def test_checking_whole_windows_would_finish_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without our check token by token the outcome depends on the cut: these cases can tell."""
+
+    def append_whole(req: Req, state: DeterministicRequest, verdict: Verdict) -> None:
+        req.output_ids.extend(verdict.tokens)
+        req.update_finish_state(len(verdict.tokens))
+
+    monkeypatch.setattr(commit_module, "_append_verdict", append_whole)
+    differing = [
+        case
+        for case in CASES
+        if any(
+            _in_verdicts(case, [[v] for v in _cut(case.sequence, lengths)])[0] != _one_by_one(case)
+            for lengths in _every_cut(len(case.sequence) - 1)
+        )
+    ]
+    assert len(differing) >= 4

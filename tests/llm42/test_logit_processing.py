@@ -1,0 +1,195 @@
+"""Row-wise penalties, biases and grammars against SGLang's own, token by token."""
+
+from __future__ import annotations
+
+import types
+from array import array
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_ext.llm42 import logit_processing
+from sglang_ext.llm42.logit_processing import RowView
+
+VOCABULARY = 12
+
+
+def _req(**params: Any) -> Any:
+    defaults = {
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 0,
+        "logit_bias": None,
+        "stop_token_ids": None,
+        "custom_params": None,
+    }
+    tokenizer = types.SimpleNamespace(eos_token_id=0, additional_stop_token_ids=None)
+    return types.SimpleNamespace(
+        sampling_params=types.SimpleNamespace(**(defaults | params)),
+        grammar=None,
+        custom_logit_processor=None,
+        tokenizer=tokenizer,
+        output_ids=array("q"),
+    )
+
+
+def _view(decided: list[int], candidates: list[int], grammar: Any = None) -> RowView:
+    return RowView(decided, torch.tensor(candidates, dtype=torch.int64), grammar)
+
+
+def _sglang(logits: torch.Tensor, req: Any, output: list[int]) -> torch.Tensor:
+    """What SGLang's penalisers make of ``logits`` after ``output`` was decoded one by one."""
+    from sglang.srt.sampling.penaltylib import (
+        BatchedFrequencyPenalizer,
+        BatchedMinNewTokensPenalizer,
+        BatchedPenalizerOrchestrator,
+        BatchedPresencePenalizer,
+        BatchedRepetitionPenalizer,
+    )
+
+    class Batch:
+        """The little of SGLang's batch that penalisers use; they keep a weak reference to it."""
+
+        def __init__(self) -> None:
+            self.reqs = [req]
+            self.device = "cpu"
+
+    batch = Batch()
+    penalisers = {
+        BatchedFrequencyPenalizer,
+        BatchedMinNewTokensPenalizer,
+        BatchedPresencePenalizer,
+    }
+    result = logits[None].clone()
+    for kinds in (penalisers, {BatchedRepetitionPenalizer}):  # additive first, as in overlap mode
+        orchestrator = BatchedPenalizerOrchestrator(VOCABULARY, batch, kinds)
+        for token in output:
+            orchestrator.cumulate_output_tokens(torch.tensor([token]))
+        if kinds is penalisers:
+            orchestrator.apply(result)
+        else:
+            scaling = orchestrator.accumulate_scaling_penalties()
+            if scaling is not None:
+                result = torch.where(result < 0, result * scaling, result / scaling)
+    return result[0]
+
+
+tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=8)
+
+
+@given(
+    output=tokens,
+    cut=st.integers(0, 8),
+    frequency=st.sampled_from([0.0, 0.5, -1.0]),
+    presence=st.sampled_from([0.0, 0.7]),
+    repetition=st.sampled_from([1.0, 1.3, 0.8]),
+    minimum=st.integers(0, 6),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_row_is_penalised_like_the_same_output_decoded_alone(
+    output: list[int],
+    cut: int,
+    frequency: float,
+    presence: float,
+    repetition: float,
+    minimum: int,
+    seed: int,
+) -> None:
+    req = _req(
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        repetition_penalty=repetition,
+        min_new_tokens=minimum,
+        stop_token_ids={3},
+    )
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    expected = _sglang(logits, req, output)
+    row = logits.clone()
+    logit_processing.apply(row, req, _view(output[:cut], output[cut:]))
+    torch.testing.assert_close(row, expected)
+
+
+@given(output=tokens, seed=st.integers(0, 100))
+@settings(deadline=None, max_examples=40)
+def test_bits_do_not_depend_on_which_tokens_are_still_candidates(output: list[int], seed: int) -> None:
+    req = _req(frequency_penalty=0.3, presence_penalty=0.2, repetition_penalty=1.7, logit_bias={"5": -2.5})
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    rows = []
+    for cut in range(len(output) + 1):
+        row = logits.clone()
+        logit_processing.apply(row, req, _view(output[:cut], output[cut:]))
+        rows.append(row)
+    assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+def test_a_request_without_any_processing_is_left_alone() -> None:
+    assert not logit_processing.required(_req())
+    assert logit_processing.required(_req(logit_bias={"1": 1.0}))
+    assert logit_processing.required(_req(min_new_tokens=1))
+
+
+class _Digits:
+    """A grammar of ``[0-9]*`` that ends with token 11; counts what it has accepted."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def is_terminated(self) -> bool:
+        return self.accepted[-1:] == [11]
+
+    def accept_token(self, token: int) -> None:
+        if token == 10:
+            raise ValueError("not in the grammar")
+        self.accepted.append(token)
+
+    def rollback(self, count: int) -> None:
+        del self.accepted[-count:]
+
+    def allocate_vocab_mask(self, vocab_size: int, batch_size: int, device: Any) -> torch.Tensor:
+        return torch.ones(batch_size, vocab_size, dtype=torch.bool)
+
+    def fill_vocab_mask(self, mask: torch.Tensor, row: int) -> None:
+        mask[row, 10] = False
+        mask[row, 11] = bool(self.accepted)
+
+    def move_vocab_mask(self, mask: torch.Tensor, device: Any) -> torch.Tensor:
+        return mask
+
+    def apply_vocab_mask(self, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+        logits.masked_fill_(~vocab_mask, float("-inf"))
+
+
+@pytest.mark.parametrize(
+    ("candidates", "forbidden"), [([], [10, 11]), ([4], [10]), ([4, 10, 5], []), ([4, 11, 5], [])]
+)
+def test_the_grammar_is_asked_behind_the_candidates_and_rewound(
+    candidates: list[int], forbidden: list[int]
+) -> None:
+    grammar = _Digits()
+    row = torch.zeros(VOCABULARY)
+    logit_processing.apply(row, _req(), _view([], candidates, grammar))
+    assert row.isinf().nonzero().flatten().tolist() == forbidden
+    assert grammar.accepted == []
+
+
+def test_a_custom_processor_sees_the_row_own_output() -> None:
+    from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+    class Forbid(CustomLogitProcessor):
+        def __call__(self, logits: torch.Tensor, custom_params: Any = None) -> torch.Tensor:
+            for token in custom_params[0]["__req__"].output_ids:
+                logits[0, token] = float("-inf")
+            return logits
+
+    req = _req()
+    req.custom_logit_processor = Forbid.to_str()
+    req.sampling_params.custom_params = {"__req__": req}
+    row = torch.zeros(VOCABULARY)
+    logit_processing.apply(row, req, _view([2, 3], [7]))
+    assert row.isinf().nonzero().flatten().tolist() == [2, 3, 7]
+    assert len(req.output_ids) == 0
