@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +97,51 @@ def test_edges_are_accepted() -> None:
 def test_mark_all_needs_the_feature() -> None:
     with pytest.raises(ValueError, match="--llm42-mark-all needs --enable-llm42"):
         ServerArgs(model_path=DUMMY, llm42_mark_all=True)
+
+
+def test_commit_log_flags_reach_the_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    args = _parse(
+        *("--enable-llm42", "--llm42-commit-log", str(path)),
+        *("--llm42-commit-log-max-bytes", "4096", "--llm42-commit-log-keep", "2"),
+    )
+    assert args.llm42_commit_log == str(path)
+    assert (args.llm42_commit_log_max_bytes, args.llm42_commit_log_keep) == (4096, 2)
+    assert not path.exists(), "the scheduler makes it"
+    assert _parse().llm42_commit_log is None
+
+
+@pytest.mark.parametrize("field", ["llm42_commit_log_max_bytes", "llm42_commit_log_keep"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
+def test_nonsense_sizes_of_the_commit_log_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="--" + field.replace("_", "-") + " must be at least 1"):
+        ServerArgs(model_path=DUMMY, **{field: value})
+
+
+def test_commit_log_needs_the_feature(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--llm42-commit-log needs --enable-llm42"):
+        ServerArgs(model_path=DUMMY, llm42_commit_log=str(tmp_path / "log"))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("", "is a folder"), ("no/log", "there is no folder")])
+def test_commit_log_that_cannot_be_written_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    path = str(tmp_path / name)
+    with pytest.raises(ValueError, match=f"--llm42-commit-log {path}.*{reason}"):
+        ServerArgs(model_path=DUMMY, enable_llm42=True, llm42_commit_log=path)
+
+
+@pytest.mark.parametrize("denied", ["folder", "file"])
+def test_commit_log_without_permission_is_refused(
+    tmp_path: Path, denied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions do not bind the superuser, so what the system answers is replaced."""
+    path = tmp_path / "log"
+    path.touch()
+    refused = {"folder": tmp_path, "file": path}[denied]
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p != refused and access(p, mode))
+    with pytest.raises(ValueError, match=f"the {denied} .*cannot be written"):
+        ServerArgs(model_path=DUMMY, enable_llm42=True, llm42_commit_log=str(path))
 
 
 #: One setting for each refused flag; the test below checks that no row is left out.

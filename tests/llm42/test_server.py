@@ -25,6 +25,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ext.llm42.config import REQUEST_KEY
 from sglang_ext.llm42.sampling import derive_seed
+from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.server import intake, internal_state, marks, openai, refusals, reports
 
 VOCABULARY = 100
@@ -133,6 +134,15 @@ def test_mark_all_marks_what_says_nothing() -> None:
     assert _custom(_request(None), manager) == {REQUEST_KEY: True}
     assert not _custom(_request({"is_deterministic": False}), manager)
     assert not _custom(_request({"custom_params": {"llm42": False}}), manager)
+
+
+def test_the_commit_log_learns_the_weight_version() -> None:
+    manager = _manager(llm42_commit_log="log")
+    manager.config_value = {"weight_version": "w3"}.__getitem__
+    params = {"is_deterministic": True, "custom_params": {"mine": 1}}
+    assert _custom(_request(params), manager) == {REQUEST_KEY: True, WEIGHT_VERSION_KEY: "w3", "mine": 1}
+    assert params["custom_params"] == {"mine": 1}, "the client's own dict is not ours to change"
+    assert not _custom(_request({}), manager)
 
 
 def test_mark_all_leaves_embedding_requests_alone() -> None:
@@ -484,10 +494,16 @@ class _Statistics:
 
 
 def test_counters_travel_with_the_internal_state() -> None:
-    scheduler = types.SimpleNamespace(llm42=types.SimpleNamespace(statistics=_Statistics()))
+    scheduler = types.SimpleNamespace(
+        llm42=types.SimpleNamespace(statistics=_Statistics()), llm42_configuration_digest="d"
+    )
     result = types.SimpleNamespace(internal_state={"theirs": 1})
     internal_state.get_internal_state(result, scheduler, None)
-    assert result.internal_state == {"theirs": 1, "llm42": {"decode_steps": 3}}
+    assert result.internal_state == {
+        "theirs": 1,
+        "llm42": {"decode_steps": 3},
+        "llm42_configuration": "d",
+    }
 
     reset = SetInternalStateReq(server_args={internal_state.RESET_KEY: 1})
     answer = internal_state.set_internal_state(

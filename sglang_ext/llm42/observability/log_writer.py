@@ -180,7 +180,7 @@ class LogWriter:
         with self._changed:
             accepted = not self._closing and (not self._queue or self._weight + weight <= self._capacity)
             warn = not accepted and not self._full and not self._failing
-            self._full = not accepted
+            self._full |= not accepted
             if accepted:
                 self._queue.append((render, weight))
                 self._weight += weight
@@ -216,6 +216,8 @@ class LogWriter:
     def _next(self) -> Callable[[], str] | None:
         """The oldest entry, as soon as there is one; None at the end."""
         with self._changed:
+            if not self._queue:
+                self._full = False
             self._changed.wait_for(lambda: self._queue or self._closing)
             if not self._queue:
                 return None
