@@ -1,0 +1,211 @@
+"""Watching the operators of a model in canonical passes: row digests of what goes in and what comes out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sglang_ext.doctor.digest import combine, row_digests
+
+if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
+
+ATTENTION = "attention"
+LOGITS = "lm_head"
+ALL_REDUCE = "all-reduce"
+
+
+@dataclass
+class Event:
+    """One call of one operator in a pass.
+
+    Attributes:
+        operator: its kind, as it stands in the report.
+        path: module path, with the layer's number.
+        inputs, outputs: int64 ``[rows]``, digest of each row of all tensors that went in and came out.
+        nested: indices of the operators that ran inside it.
+        collective: whether its result depends on the inputs of other ranks.
+    """
+
+    operator: str
+    path: str
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    nested: list[int] = field(default_factory=list)
+
+    @property
+    def collective(self) -> bool:
+        """Whether the outputs depend on what went in on other tensor-parallel ranks."""
+        return self.operator in (ALL_REDUCE, LOGITS)
+
+
+@dataclass
+class _Call:
+    """A call under way: digest of its inputs, and number of events completed before it."""
+
+    inputs: torch.Tensor
+    first_nested: int
+
+
+class Recorder:
+    """Records the operators of ``model`` while :meth:`recording`.
+
+    Args:
+        rows: rows of a pass; tensors whose first dimension is no multiple of it are not digested.
+        group: tensor-parallel group, None for a single rank.
+    """
+
+    def __init__(self, model: torch.nn.Module, rows: int, group: GroupCoordinator | None = None) -> None:
+        self._rows = rows
+        self._group = group
+        self._events: list[Event] = []
+        self._calls: list[_Call] = []
+        self._counts: dict[torch.nn.Module, int] = defaultdict(int)
+        # A module may stand in several places (layers share their rotary embedding): it is called in order.
+        self._paths: dict[torch.nn.Module, list[str]] = defaultdict(list)
+        for path, module in model.named_modules(remove_duplicate=False):
+            if operator_of(path, module) is not None:
+                self._paths[module].append(path)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Hooks are in place inside this context only."""
+        handles = []
+        for module in self._paths:
+            handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after))
+        try:
+            with self._all_reduce_recorded():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(self) -> list[Event]:
+        """The events since the last call, in order of completion."""
+        events, self._events = self._events, []
+        self._counts.clear()
+        if self._group is not None and self._group.world_size > 1:
+            self._combine_ranks([event for event in events if event.collective])
+        return events
+
+    def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        self._begin((args, kwargs))
+
+    def _after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        paths = self._paths[module]
+        path = paths[self._counts[module] % len(paths)]
+        self._counts[module] += 1
+        operator = operator_of(path, module)
+        assert operator is not None
+        self._end(operator, path, output)
+
+    def _begin(self, inputs: Any) -> None:
+        # Before the operator runs: some work in place.
+        self._calls.append(_Call(self._digest(inputs), len(self._events)))
+
+    def _end(self, operator: str, path: str, output: Any) -> None:
+        call = self._calls.pop()
+        nested = list(range(call.first_nested, len(self._events)))
+        self._events.append(Event(operator, path, call.inputs, self._digest(output), nested))
+
+    def _digest(self, values: Any) -> torch.Tensor:
+        total: torch.Tensor | None = None
+        for tensor in _tensors(values):
+            if tensor.dim() == 0 or tensor.shape[0] == 0 or tensor.shape[0] % self._rows:
+                continue
+            digests = row_digests(tensor, self._rows)
+            total = digests if total is None else combine(total, digests)
+        return torch.zeros(self._rows, dtype=torch.int64) if total is None else total.cpu()
+
+    @contextmanager
+    def _all_reduce_recorded(self) -> Iterator[None]:
+        group = self._group
+        if group is None or group.world_size == 1:
+            yield
+            return
+        original = group.all_reduce
+
+        def all_reduce(input_: torch.Tensor) -> torch.Tensor:
+            self._begin(input_)
+            output = original(input_)
+            self._end(ALL_REDUCE, self._place(), output)
+            return output
+
+        group.all_reduce = all_reduce
+        try:
+            yield
+        finally:
+            del group.all_reduce
+
+    def _place(self) -> str:
+        """Where a collective runs: behind the last operator that completed."""
+        return f"after {self._events[-1].path}" if self._events else "at the start"
+
+    def _combine_ranks(self, events: list[Event]) -> None:
+        """Let the inputs of collectives stand for the inputs of all ranks."""
+        if not events:
+            return
+        assert self._group is not None
+        own = torch.stack([event.inputs for event in events])
+        of_ranks = [torch.empty_like(own) for _ in range(self._group.world_size)]
+        torch.distributed.all_gather(of_ranks, own, group=self._group.cpu_group)
+        total = of_ranks[0]
+        for other in of_ranks[1:]:
+            total = combine(total, other)
+        for event, inputs in zip(events, total, strict=True):
+            event.inputs = inputs
+
+
+def operator_of(path: str, module: torch.nn.Module) -> str | None:
+    """Kind of operator that ``module`` is, or None for a module that only holds others."""
+    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.topk import TopK
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    name = path.rpartition(".")[2]
+    kinds: tuple[tuple[type, str], ...] = (
+        (RadixAttention, ATTENTION),
+        (LinearBase, f"linear {name}"),
+        (LogitsProcessor, LOGITS),
+        (FusedMoE, "experts"),
+        (TopK, "expert choice"),
+        (RotaryEmbedding, "rotary"),
+        (VocabParallelEmbedding, "embedding"),
+    )
+    for kind, operator in kinds:
+        if isinstance(module, kind):
+            return operator
+    class_name = type(module).__name__
+    if "norm" in class_name.lower():
+        return f"norm {name}"
+    if type(module).__module__.startswith("sglang.srt.layers.activation"):
+        return "activation"
+    if not any(True for _ in module.children()):
+        return class_name
+    return None
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """The tensors among arguments or results, in their order."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, LogitsProcessorOutput):
+        yield from _tensors(values.next_token_logits)
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors(value)
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
