@@ -36,6 +36,8 @@ def _activate_in_scheduler(server_args: ServerArgs) -> None:
     install_platform()
     if getattr(server_args, "enable_llm42", False):
         hooks.install(Feature.LLM42)
+    if getattr(server_args, "enable_tokenweave", False):
+        hooks.install(Feature.TOKENWEAVE)
 
 
 def _activate_in_server(server_args: ServerArgs) -> None:

@@ -11,6 +11,7 @@ from sglang.srt.server_args import ServerArgs as SGLangServerArgs
 
 from sglang_ext import hooks
 from sglang_ext.llm42 import requirements
+from sglang_ext.tokenweave.config import TokenWeaveConfig
 
 #: The original's mode numbers: it had three ways to make GEMMs invariant, ours has one that needs no choice.
 LLM42_MODES = (1, 2, 3)
@@ -60,10 +61,25 @@ class ServerArgs(SGLangServerArgs):
     llm42_commit_log_max_bytes: A[int, _OURS] = 256 * 1024 * 1024
     llm42_commit_log_keep: A[int, _OURS] = 4
 
+    enable_tokenweave: A[bool, _OURS] = False
+    tokenweave_split: A[str, _OURS] = TokenWeaveConfig.split
+    tokenweave_min_tokens: A[int | None, _OURS] = TokenWeaveConfig.min_tokens
+    tokenweave_ctas: A[int, _OURS] = TokenWeaveConfig.ctas
+    tokenweave_fused_ctas: A[int, _OURS] = TokenWeaveConfig.fused_ctas
+    tokenweave_reserve: A[bool, _OURS] = TokenWeaveConfig.reserve
+    tokenweave_path: A[str, _OURS] = TokenWeaveConfig.path
+    tokenweave_barrier_timeout: A[float, _OURS] = TokenWeaveConfig.barrier_timeout
+    tokenweave_table: A[str | None, _OURS] = None
+
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
-        """Add SGLang's flags and, in a group of their own, ours."""
+        """Add SGLang's flags and, in groups of their own, ours."""
         SGLANG_ADD_CLI_ARGS(parser)
+        ServerArgs._add_llm42_args(parser)
+        ServerArgs._add_tokenweave_args(parser)
+
+    @staticmethod
+    def _add_llm42_args(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(
             "LLM-42 (sglang_ext)",
             "Deterministic requests: the same prompt, parameters and seed give the same output whatever else "
@@ -130,9 +146,76 @@ class ServerArgs(SGLangServerArgs):
             help="Rotated commit logs to keep beside the current one (default: %(default)s).",
         )
 
+    @staticmethod
+    def _add_tokenweave_args(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group(
+            "TokenWeave (sglang_ext)",
+            "Overlap of tensor-parallel communication with compute: batches are cut in two, and the fused "
+            "AllReduce + residual + RMSNorm of one half runs beside the other half's compute.",
+        )
+        group.add_argument(
+            "--enable-tokenweave",
+            action="store_true",
+            default=ServerArgs.enable_tokenweave,
+            help="Fuse AllReduce, residual add and RMSNorm, and weave large prefill batches. Needs --tp-size "
+            "of at least 2; models that it does not fit run as usual, with a log line saying why.",
+        )
+        group.add_argument(
+            "--tokenweave-split",
+            default=ServerArgs.tokenweave_split,
+            help="Where to cut: auto (tuning table, else wave model), equal, never (fused step only), or a "
+            "number of tokens (default: %(default)s).",
+        )
+        group.add_argument(
+            "--tokenweave-min-tokens",
+            type=int,
+            default=ServerArgs.tokenweave_min_tokens,
+            metavar="N",
+            help="Smallest batch that may be cut (default: 1024, or 2048 for a mixture of experts).",
+        )
+        group.add_argument(
+            "--tokenweave-ctas",
+            type=int,
+            default=ServerArgs.tokenweave_ctas,
+            metavar="N",
+            help="Thread blocks of the fused kernel beside compute (default: %(default)s).",
+        )
+        group.add_argument(
+            "--tokenweave-fused-ctas",
+            type=int,
+            default=ServerArgs.tokenweave_fused_ctas,
+            metavar="N",
+            help="Thread blocks of the fused kernel where nothing runs beside it (default: %(default)s).",
+        )
+        group.add_argument(
+            "--tokenweave-reserve",
+            action=argparse.BooleanOptionalAction,
+            default=ServerArgs.tokenweave_reserve,
+            help="Keep matrix products off the kernel's multiprocessors.",
+        )
+        group.add_argument(
+            "--tokenweave-path",
+            default=ServerArgs.tokenweave_path,
+            help="auto (the first that works), multicast, peer or collective (default: %(default)s).",
+        )
+        group.add_argument(
+            "--tokenweave-barrier-timeout",
+            type=float,
+            default=ServerArgs.tokenweave_barrier_timeout,
+            metavar="SECONDS",
+            help="Time after which a barrier of the kernel gives up with a message (default: %(default)s).",
+        )
+        group.add_argument(
+            "--tokenweave-table",
+            default=ServerArgs.tokenweave_table,
+            metavar="FOLDER",
+            help="Folder of tuning tables (default: in the user's cache).",
+        )
+
     def __post_init__(self) -> None:
         self.enable_llm42 = llm42_mode(self.enable_llm42)
         self._refuse(requirements.nonsense(self))
+        TokenWeaveConfig.from_server_args(self)
         if self.enable_llm42:
             self._refuse(requirements.unsupported(self))
         super().__post_init__()

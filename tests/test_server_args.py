@@ -161,6 +161,7 @@ REFUSED: list[dict[str, Any]] = [
     {"enable_deterministic_inference": True},
     {"enable_lora": True},
     {"enable_two_batch_overlap": True},
+    {"enable_tokenweave": True},
     {"enable_pdmux": True},
     {"tokenizer_worker_num": 2},
     {"smg_grpc_mode": True},
@@ -328,3 +329,29 @@ def test_demo_model_alias(given: list[str], expected: list[str], monkeypatch: py
     assert demo_model.DEMO_MODEL_NAME == launch_server.DEMO_MODEL
     monkeypatch.setattr(demo_model, "resolve", lambda name: "/made")
     assert launch_server.with_demo_model(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("tokenweave_split", "half", "--tokenweave-split"),
+        ("tokenweave_path", "nvlink", "--tokenweave-path"),
+        ("tokenweave_min_tokens", 1, "--tokenweave-min-tokens"),
+        ("tokenweave_ctas", 0, "--tokenweave-ctas"),
+        ("tokenweave_barrier_timeout", 0.0, "--tokenweave-barrier-timeout"),
+    ],
+)
+def test_nonsense_for_tokenweave_is_refused_by_name(field: str, value: Any, flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        ServerArgs(model_path=DUMMY, **{field: value})
+
+
+def test_tokenweave_flags_reach_its_configuration() -> None:
+    from sglang_ext.tokenweave.config import TokenWeaveConfig
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    given = ["--enable-tokenweave", "--tokenweave-split", "equal", "--no-tokenweave-reserve"]
+    arguments = parser.parse_args(["--model-path", DUMMY, *given])
+    config = TokenWeaveConfig.from_server_args(ServerArgs.from_cli_args(arguments))
+    assert config == TokenWeaveConfig(enabled=True, split="equal", reserve=False)
