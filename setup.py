@@ -79,7 +79,7 @@ setup(
     packages=[*find_packages(include=["sglang_ext", "sglang_ext.*"]), "sglang_ext.cuda"],
     package_dir={"sglang_ext.cuda": "cuda"},
     package_data={"sglang_ext.cuda": ["*.cu", "*.cuh", "*.h", "*.cpp"]},
-    install_requires=[SGLANG],
+    install_requires=[SGLANG, "greenlet>=3.1"],
     extras_require=EXTRAS,
     entry_points={"sglang.srt.plugins": ["sglang_ext = sglang_ext.plugin:register"]},
     **cuda_extension(),
