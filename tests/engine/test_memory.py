@@ -131,7 +131,8 @@ def test_every_slot_comes_back(
 
 def test_a_leak_ends_the_server(random_llama: Path, logs: Path) -> None:
     """The checks that the tests above rely on are on, and see what this package could forget."""
-    server = SabotagedServer(random_llama, logs / "leaking.log", LLM42_FLAGS, ONE_THREAD)
+    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192")
+    server = SabotagedServer(random_llama, logs / "leaking.log", flags, ONE_THREAD)
     try:
         server.wait_until_ready()
         with pytest.raises(ServerError), server.broken("leak_candidates"):
