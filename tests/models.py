@@ -18,7 +18,7 @@ def write_tiny_llama(
     vocab: int = 512,
     max_positions: int = 1024,
     seed: int = 0,
-    twin_distance: float | None = None,
+    sensitive: bool = False,
 ) -> Path:
     """Write a random bf16 Llama without tokenizer to ``folder`` and return it.
 
@@ -30,8 +30,9 @@ def write_tiny_llama(
         folder: made if absent.
         layers, hidden, intermediate, heads, kv_heads, vocab, max_positions: Llama's dimensions.
         seed: of the weights; equal arguments give equal weights.
-        twin_distance: where given, tokens 2k and 2k+1 have nearly the same logit: their rows of the output
-            matrix differ by this share of their size. Which of the two wins then hangs on rounding.
+        sensitive: make rounding differences visible. Tokens 2k and 2k+1 get nearly the same logit, so that
+            which of them wins hangs on rounding; attention spreads over many keys, so that their order of
+            summation matters (with wide random weights it would look at one).
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,9 +54,12 @@ def write_tiny_llama(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        if twin_distance is not None:
+        if sensitive:
             rows = model.lm_head.weight.data
-            rows[1::2] = rows[::2] + twin_distance * rows[1::2]
+            rows[1::2] = rows[::2] + 0.005 * rows[1::2]
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.data *= 0.1
+                layer.self_attn.k_proj.weight.data *= 0.1
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 

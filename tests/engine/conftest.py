@@ -50,7 +50,7 @@ def demo_server(smollm2: Path, logs: Path) -> Iterator[Server]:
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama in which a rounding difference soon becomes another token; id ``i`` is text ``wi``."""
     folder = tmp_path_factory.mktemp("random_llama")
-    write_tiny_llama(folder, layers=4, hidden=256, intermediate=512, vocab=VOCABULARY, twin_distance=0.005)
+    write_tiny_llama(folder, layers=4, hidden=256, intermediate=512, vocab=VOCABULARY, sensitive=True)
     make_tokenizer(["<s>", "</s>", *(f"w{i} " for i in range(2, VOCABULARY))]).save_pretrained(folder)
     return folder
 

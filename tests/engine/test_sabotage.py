@@ -24,17 +24,19 @@ from serving import Output, Request, SabotagedServer
 from workloads import random_prompts
 
 NEW_TOKENS = 48
-CONDITIONS = (CROWD_OF_3, CROWD_OF_17, AFTER_TWINS, ALONE_WARM)
+CONDITIONS = (AFTER_TWINS, ALONE_WARM, CROWD_OF_17, CROWD_OF_3)
 
 #: How the marked requests sample, in turn.
 SAMPLING: tuple[dict[str, Any], ...] = (
-    {"temperature": 1.0},
     {"temperature": 0.0},
+    {"temperature": 0.0},
+    {"temperature": 1.0},
     {"temperature": 1.0, "top_p": 0.9},
-    {"temperature": 1.0, "min_p": 0.01},
 )
 
-PROMPTS = random_prompts(8, 10, 70)
+#: Long prompts first, then beginnings of them, which match the cached long ones where the cache is warm.
+LONG_PROMPTS = random_prompts(4, 60, 75)
+PROMPTS = [*LONG_PROMPTS, *(prompt[: 30 + 7 * i] for i, prompt in enumerate(LONG_PROMPTS))]
 NEIGHBOURS = [
     Request(prompt, False, {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "top_p": 0.9})
     for prompt in random_prompts(9, 10, 70, seed=1)
@@ -69,10 +71,10 @@ def _with_stops(outputs: Sequence[Output]) -> list[Request]:
     """
     requests = []
     for i, (subject, output) in enumerate(zip(SUBJECTS, outputs, strict=True)):
-        place = 18 + i
-        words = output.text.split()[place : place + 2]
-        sampling = {**subject.sampling, "max_new_tokens": place + 6, "stop": [" ".join(words)]}
-        requests.append(Request(subject.prompt, True, sampling))
+        for place in (18 + i, 28 + i):
+            words = output.text.split()[place : place + 2]
+            sampling = {**subject.sampling, "max_new_tokens": place + 6, "stop": [" ".join(words)]}
+            requests.append(Request(subject.prompt, True, sampling))
     return requests
 
 
