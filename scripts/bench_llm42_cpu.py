@@ -32,8 +32,9 @@ from serving import Server, ServingError, say
 
 OUTPUT = Path("docs/benchmarks/llm42-cpu")
 
-#: Idle servers wait instead of polling, so that they leave the cores to the loaded one.
-SERVER_FLAGS = ("--sleep-on-idle", "--mem-fraction-static", "0.2")
+#: Idle servers wait instead of polling, so that they leave the cores to the loaded one. KV is as large as its
+#: flag says; the fraction is only wide enough for SGLang, which sees the other server and counts it as used.
+SERVER_FLAGS = ("--sleep-on-idle", "--mem-fraction-static", "0.5")
 
 AMPLE_KV = ("--max-total-tokens", "20000")
 #: Two of the longest prompts with their answers, or half a dozen average ones.

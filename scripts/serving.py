@@ -211,8 +211,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     raise ServingError(f"the server did not answer within {START_TIMEOUT_S} s:\n{_tail(log)}")
 
 
-def _tail(log: Path, lines: int = 30) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def _tail(log: Path, lines: int = 30, width: int = 300) -> str:
+    """The end of a log, without the rest of very long lines: SGLang logs all its arguments in one."""
+    return "\n".join(line[:width] for line in log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
