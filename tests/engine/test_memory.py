@@ -18,7 +18,7 @@ import pytest
 import requests
 from determinism import run_alone, unmarked
 from serving import Output, Request, SabotagedServer, Server, ServerError, StartServer, at_once
-from workloads import LLM42_FLAGS, ONE_THREAD, marked, random_prompts
+from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY, marked, random_prompts
 
 #: Slots of the KV pool, a third of what the traffic would need at once, so that requests are retracted and
 #: cached prefixes evicted.
@@ -33,6 +33,13 @@ SUBJECTS = [
     *marked(random_prompts(6, 10, 90, seed=2), max_new_tokens=64, ignore_eos=True, temperature=1.0),
     *marked(random_prompts(3, 10, 60, seed=3), max_new_tokens=40, ignore_eos=True, temperature=0.0),
 ]
+#: They end inside a window, where candidates are left over; at the length limit none are.
+STOPPED = marked(
+    random_prompts(8, 10, 40, seed=5),
+    max_new_tokens=64,
+    temperature=1.0,
+    stop_token_ids=list(range(2, VOCABULARY, 5)),
+)
 LONG = Request(random_prompts(1, 600, 600, seed=4)[0], True, {"max_new_tokens": 8})
 
 
@@ -137,7 +144,7 @@ def test_a_leak_ends_the_server(random_llama: Path, logs: Path) -> None:
         server.wait_until_ready()
         with pytest.raises(ServerError), server.broken("leak_candidates"):
             for _ in range(5):
-                server.together(SUBJECTS)
+                server.together(STOPPED)
         assert "leak detected" in server.log.read_text().lower()
     finally:
         server.stop()
