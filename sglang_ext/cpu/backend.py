@@ -64,11 +64,15 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         start = forward_batch.extend_prefix_lens.to(torch.int64)
         positions = int(start.max()) + self.rows
+        table = self.req_to_token_pool.req_to_token
+        slots = table[forward_batch.req_pool_indices, :positions].to(torch.int64)
+        # Padded rows of a segment at the end of the context have positions behind the table.
+        slots = torch.nn.functional.pad(slots, (0, positions - slots.shape[1]))
         output = canonical_attention(
             q.reshape(self.segments, self.rows, layer.tp_q_head_num, layer.qk_head_dim),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, :positions].to(torch.int64),
+            slots,
             start,
             layer.scaling,
             layer.logit_cap,

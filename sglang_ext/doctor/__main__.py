@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from sglang_ext import hooks, launch_server
 from sglang_ext.doctor import probes
+from sglang_ext.doctor.certify import CertificationError
+from sglang_ext.doctor.fingerprint import RankMismatch
 from sglang_ext.doctor.report import Certificate
 from sglang_ext.doctor.workspace import slots_needed
 from sglang_ext.llm42 import requirements
@@ -49,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         certificate = run(server_args, ours.quick)
     except (hooks.HookError, ValueError, OSError, NotImplementedError) as error:
         return _refuse(str(error))
+    except (CertificationError, RankMismatch) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return EXIT_FAILS
     certificate = with_unsupported(certificate, server_args)
     print(certificate.as_table(), end="")
     if ours.json is not None:
@@ -60,7 +65,9 @@ def run(server_args: ServerArgs, quick: bool) -> Certificate:
     """Certify ``server_args``, in a process per tensor-parallel rank if there are several.
 
     Raises:
-        RuntimeError: a process ended without a result; its own message stands on standard error.
+        CertificationError: the memory pools are too small, or a process ended without a result; its own
+            message stands on standard error.
+        RankMismatch: the ranks computed different logits.
     """
     from sglang.srt.entrypoints.engine import _set_envs_and_config
     from sglang.srt.server_args import PortArgs
@@ -91,7 +98,7 @@ def _run_ranks(server_args: ServerArgs, port_args: PortArgs, quick: bool) -> Cer
     try:
         certificate: Certificate = receiver.recv()
     except EOFError:
-        raise RuntimeError("a tensor-parallel rank ended without a result, see above") from None
+        raise CertificationError("a tensor-parallel rank ended without a result, see above") from None
     finally:
         for rank in ranks:
             rank.join(timeout=30)

@@ -110,3 +110,17 @@ def test_another_shape_or_kind_of_layer_is_refused(runner: Any, layer: Any) -> N
         backend.forward_extend(q, k, v, layer, batch(runner, [0, ROWS, 2 * ROWS]))
     with pytest.raises(ValueError, match="needs segments and rows"):
         CanonicalCpuAttnBackend(runner, 0, ROWS)
+
+
+def test_segment_may_reach_beyond_the_request_table(runner: Any, layer: Any) -> None:
+    """The padded rows of a window at the end of the context."""
+    from sglang_ext.cpu.backend import CanonicalCpuAttnBackend
+
+    backend = CanonicalCpuAttnBackend(runner, SEGMENTS, ROWS)
+    q, k, v = tokens(4)
+    inside = batch(runner, [0, ROWS, 2 * ROWS])
+    expected = backend.forward_extend(q, k, v, layer, inside)
+    pool = runner.req_to_token_pool
+    pool.req_to_token = pool.req_to_token[:, : POSITIONS - 1]
+    output = backend.forward_extend(q, k, v, layer, inside)
+    assert torch.equal(output[:-1], expected[:-1])
