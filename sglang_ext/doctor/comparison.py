@@ -173,7 +173,8 @@ class Comparison:
         """
         is_attention = torch.tensor([event.operator == ATTENTION for event in events])
         changed = is_attention[:, None] & known & ~same_in
-        tainted = taint[:, None] | (changed.cumsum(1) > 0)
+        # By rows in front of it: what changed in the row itself shows in its own inputs.
+        tainted = taint[:, None] | (changed.cumsum(1) > changed.long())
         taint |= changed.any(1)
         comparable = known & same_in & ~tainted
         wrong = comparable & ~same_out
@@ -194,7 +195,7 @@ class Comparison:
         events: Sequence[Event],
     ) -> None:
         """Rows whose inputs changed somewhere although no operator was at fault."""
-        inherited = wrong.any(0) | (tainted.any(0))
+        inherited = wrong.any(0) | tainted.any(0)
         unexplained = known & ~same_in.all(0) & ~inherited
         if not unexplained.any():
             return
