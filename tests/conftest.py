@@ -13,8 +13,13 @@ from sglang_ext import demo_model
 GPUS_NEEDED = {"gpu": 1, "multigpu": 2}
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu or multigpu where there are too few GPUs, saying how many there are."""
+    """Run engines last, and skip tests marked gpu or multigpu where there are too few GPUs.
+
+    An engine installs our hooks in this process for good, and tests of the parts want them absent.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
     needing = [(item, need) for item in items if (need := _gpus_needed(item))]
     if not needing:
         return
