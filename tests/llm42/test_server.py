@@ -24,8 +24,8 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_ext.llm42.config import REQUEST_KEY
-from sglang_ext.llm42.sampling import derive_seed
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
+from sglang_ext.llm42.sampling import derive_seed
 from sglang_ext.llm42.server import intake, internal_state, marks, openai, refusals, reports
 
 VOCABULARY = 100
