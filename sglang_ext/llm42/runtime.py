@@ -106,7 +106,6 @@ class Runtime:
         self._table = CandidateTable(
             model_runner.req_to_token_pool.req_to_token.shape[0], lane.capacity, self.device
         )
-        self._req_to_token = model_runner.req_to_token_pool.req_to_token
         self._requests: dict[LaneRequest, Req] = {}
         self._launched: deque[LaunchedPass] = deque()
         self._step_number = 0
