@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from live_server import SabotagedServer, Server, StartServer, running
 from models import make_tokenizer, write_tiny_llama
-from serving import SabotagedServer, Server, StartServer, running
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from serving import Output, Request, Server
+from live_server import Output, Request, Server
 
 
 @dataclass(frozen=True)

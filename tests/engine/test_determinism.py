@@ -19,7 +19,7 @@ from determinism import (
     run_condition,
     unmarked,
 )
-from serving import Output, Request, Server, StartServer
+from live_server import Output, Request, Server, StartServer
 
 QUESTIONS = (
     "Tell me about the moon.",

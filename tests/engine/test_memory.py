@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 from determinism import run_alone, unmarked
-from serving import Output, Request, SabotagedServer, Server, ServerError, StartServer, at_once
+from live_server import Output, Request, SabotagedServer, Server, ServerError, StartServer, at_once
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY, marked, random_prompts
 
 #: Slots of the KV pool, a third of what the traffic would need at once, so that requests are retracted and

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import requests
+from live_server import Output, Request, Server, running
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Output, Request, Server, running
 from workloads import LLM42_FLAGS, ONE_THREAD, marked, random_prompts
 
 from sglang_ext.llm42.commit_log import CommitLog

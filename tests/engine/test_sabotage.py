@@ -20,7 +20,7 @@ from determinism import (
     mismatches,
     run_alone,
 )
-from serving import Output, Request, SabotagedServer
+from live_server import Output, Request, SabotagedServer
 from workloads import random_prompts
 
 NEW_TOKENS = 48

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from determinism import ALONE_WARM, CROWD_OF_8, CROWD_OF_17, mismatches, run_alone
-from serving import Request, StartServer
+from live_server import Request, StartServer
 from workloads import ONE_THREAD, marked, random_prompts
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from serving import Request
+from live_server import Request
 
 #: Small canonical passes, 64 rows: two CPU cores have no use for the defaults.
 LLM42_FLAGS = ("--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-batch-size", "4")
