@@ -11,6 +11,9 @@ STATE_KEY = "llm42"
 #: Key of the digest of the server's configuration, beside the counters.
 CONFIGURATION_KEY = "llm42_configuration"
 
+#: Key of the scheduler's data-parallel rank: SGLang gathers the states in the order in which they arrive.
+RANK_KEY = "llm42_dp_rank"
+
 #: Key of a request to set them to zero.
 RESET_KEY = "llm42_reset_statistics"
 
@@ -18,6 +21,7 @@ RESET_KEY = "llm42_reset_statistics"
 def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
     """After ``Scheduler.get_internal_state``: add the runtime's counters and the configuration's digest."""
     result.internal_state[STATE_KEY] = scheduler.llm42.statistics.as_dict()
+    result.internal_state[RANK_KEY] = scheduler.ps.dp_rank or 0
     result.internal_state[CONFIGURATION_KEY] = scheduler.llm42_configuration_digest
 
 
