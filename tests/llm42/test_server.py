@@ -498,6 +498,7 @@ def test_counters_travel_with_the_internal_state() -> None:
         llm42=types.SimpleNamespace(statistics=_Statistics()),
         llm42_configuration_digest="d",
         ps=types.SimpleNamespace(dp_rank=3),
+        llm42_fingerprint="f",
     )
     result = types.SimpleNamespace(internal_state={"theirs": 1})
     internal_state.get_internal_state(result, scheduler, None)
@@ -506,6 +507,7 @@ def test_counters_travel_with_the_internal_state() -> None:
         "llm42": {"decode_steps": 3},
         "llm42_configuration": "d",
         "llm42_dp_rank": 3,
+        "llm42_fingerprint": "f",
     }
 
     reset = SetInternalStateReq(server_args={internal_state.RESET_KEY: 1})
