@@ -1,7 +1,7 @@
 """A process for each tensor-parallel rank.
 
-A module of its own, for Python does not load a package's ``__main__`` again in a new process, where what it runs
-has to be found.
+A module of its own: new processes do not load a package's ``__main__`` again and would not find in it what
+they are to run.
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ from sglang_ext.llm42.observability import log_files, log_reader
 
 DP_RANKS = 2
 
+#: For models without a tokenizer.
+SMALL = ("--skip-tokenizer-init", "--max-total-tokens", "2048")
+
 #: Seconds for the commit log's thread on a busy machine.
 PATIENCE_S = 60.0
 
@@ -57,14 +60,14 @@ def test_two_ranks(start_server: StartServer, random_llama: Path) -> None:
 def test_four_ranks(start_server: StartServer, tmp_path: Path) -> None:
     """gloo's own all-reduce sums the rows of a pass in different orders from three ranks on."""
     model = write_tiny_llama(tmp_path, hidden=128, kv_heads=4, vocab=VOCABULARY, sensitive=True)
-    server = start_server(model, "--tp-size", "4", "--max-total-tokens", "2048", **ONE_THREAD)
+    server = start_server(model, "--tp-size", "4", *SMALL, **ONE_THREAD)
     _check(server, _subjects(4, 2, new_tokens=24), (CROWD_OF_8,))
     assert server.statistics()["rollbacks"] > 0
 
 
 def test_experts_on_two_ranks(start_server: StartServer, tmp_path: Path) -> None:
     model = write_tiny_experts(tmp_path, family="mixtral", vocab=VOCABULARY)
-    server = start_server(model, "--tp-size", "2", "--max-total-tokens", "2048", **ONE_THREAD)
+    server = start_server(model, "--tp-size", "2", *SMALL, **ONE_THREAD)
     _check(server, _subjects(4, 2, new_tokens=32), (CROWD_OF_17, ALONE_WARM))
     assert server.statistics()["rollbacks"] > 0
 
@@ -77,7 +80,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory, logs: Path) -> Iterator[t
         folder / "model", family="qwen3_moe", experts=16, experts_per_token=4, vocab=VOCABULARY
     )
     log = folder / "log.jsonl"
-    flags = ("--dp-size", str(DP_RANKS), "--max-total-tokens", "2048", "--llm42-commit-log", str(log))
+    flags = ("--dp-size", str(DP_RANKS), *SMALL, "--llm42-commit-log", str(log))
     with running(Server(model, logs / "replicas.log", (*LLM42_FLAGS, *flags), ONE_THREAD)) as server:
         yield server, log
 
