@@ -1,4 +1,4 @@
-"""Models for tests: tiny Llamas with random weights, made in a second and small enough for any machine."""
+"""Models for tests: tiny ones with random weights, made in a second and small enough for any machine."""
 
 from __future__ import annotations
 
@@ -55,13 +55,85 @@ def write_tiny_llama(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         if sensitive:
-            rows = model.lm_head.weight.data
-            rows[1::2] = rows[::2] + 0.005 * rows[1::2]
-            for layer in model.model.layers:
-                layer.self_attn.q_proj.weight.data *= 0.1
-                layer.self_attn.k_proj.weight.data *= 0.1
+            _make_sensitive(model)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def write_tiny_experts(
+    folder: Path,
+    *,
+    family: str,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    experts: int = 8,
+    experts_per_token: int = 2,
+    expert_intermediate: int = 96,
+    vocab: int = 512,
+    seed: int = 0,
+) -> Path:
+    """Write a random bf16 mixture of experts without tokenizer to ``folder`` and return it.
+
+    As a ``sensitive`` :func:`write_tiny_llama`: tokens 2k and 2k+1 get nearly the same logit, and attention
+    spreads over many keys, so that rounding differences soon become other tokens.
+
+    Args:
+        folder: made if absent.
+        family: ``mixtral`` or ``qwen3_moe``.
+        layers, hidden, heads, kv_heads, experts, experts_per_token, expert_intermediate, vocab: dimensions.
+        seed: of the weights; equal arguments give equal weights.
+    """
+    import torch
+    import transformers
+
+    shape: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "num_experts_per_tok": experts_per_token,
+        "vocab_size": vocab,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.5,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "dtype": "bfloat16",
+    }
+    config: Any
+    if family == "mixtral":
+        config = transformers.MixtralConfig(
+            **shape, num_local_experts=experts, intermediate_size=expert_intermediate
+        )
+    elif family == "qwen3_moe":
+        config = transformers.Qwen3MoeConfig(
+            **shape,
+            num_experts=experts,
+            moe_intermediate_size=expert_intermediate,
+            intermediate_size=2 * hidden,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+        )
+    else:
+        raise ValueError(f"no family of experts is called {family!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        _make_sensitive(model)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _make_sensitive(model: Any) -> None:
+    """Let rounding differences show in the tokens of ``model``."""
+    rows = model.lm_head.weight.data
+    rows[1::2] = rows[::2] + 0.005 * rows[1::2]
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 0.1
+        layer.self_attn.k_proj.weight.data *= 0.1
 
 
 def make_tokenizer(pieces: Sequence[str]) -> Any:

@@ -95,6 +95,18 @@ HOOKS: tuple[Hook, ...] = (
         "binds through sgl_kernel on AMX and arm, not at all elsewhere",
     ),
     _row(
+        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native",
+        Kind.AROUND,
+        "experts:moe_forward",
+        "canonical passes: rows per expert, and with them the bits, depend on the other rows",
+    ),
+    _row(
+        "torch.distributed.all_reduce",
+        Kind.AROUND,
+        "collectives:all_reduce",
+        "canonical passes: gloo's order of summation depends on the row from three ranks on",
+    ),
+    _row(
         "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
         Kind.REPLACE,
         "kv_memory:init_kv_copy",

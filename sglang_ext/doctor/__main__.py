@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +21,6 @@ from sglang_ext.doctor.workspace import slots_needed
 from sglang_ext.llm42 import requirements
 
 if TYPE_CHECKING:
-    from sglang.srt.server_args import PortArgs
-
     from sglang_ext.server_args import ServerArgs
 
 PROGRAM = "sglang_ext.doctor"
@@ -72,53 +68,14 @@ def run(server_args: ServerArgs, quick: bool) -> Certificate:
     from sglang.srt.entrypoints.engine import _set_envs_and_config
     from sglang.srt.server_args import PortArgs
 
+    from sglang_ext.doctor import ranks
+    from sglang_ext.doctor.worker import certify_configuration
+
     _set_envs_and_config(server_args)
     port_args = PortArgs.init_new(server_args)
     if server_args.tp_size == 1:
-        from sglang_ext.doctor.worker import certify_configuration
-
         return certify_configuration(server_args, port_args, 0, quick)
-    return _run_ranks(server_args, port_args, quick)
-
-
-def _run_ranks(server_args: ServerArgs, port_args: PortArgs, quick: bool) -> Certificate:
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    ranks = [
-        context.Process(
-            target=_run_rank,
-            args=(server_args, port_args, rank, quick, sender if rank == 0 else None),
-            daemon=True,
-        )
-        for rank in range(server_args.tp_size)
-    ]
-    for rank in ranks:
-        rank.start()
-    sender.close()
-    try:
-        certificate: Certificate = receiver.recv()
-    except EOFError:
-        raise CertificationError("a tensor-parallel rank ended without a result, see above") from None
-    finally:
-        for rank in ranks:
-            rank.join(timeout=30)
-            rank.kill()
-    return certificate
-
-
-def _run_rank(
-    server_args: ServerArgs, port_args: PortArgs, rank: int, quick: bool, result: Connection | None
-) -> None:
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.utils import kill_itself_when_parent_died
-
-    from sglang_ext.doctor.worker import certify_configuration
-
-    kill_itself_when_parent_died()
-    load_plugins()
-    certificate = certify_configuration(server_args, port_args, rank, quick)
-    if result is not None:
-        result.send(certificate)
+    return ranks.run(server_args, port_args, quick)
 
 
 def with_unsupported(certificate: Certificate, server_args: ServerArgs) -> Certificate:

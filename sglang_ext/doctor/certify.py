@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from sglang_ext.doctor import fallback, probes, sampling_checks
-from sglang_ext.doctor.comparison import Comparison
+from sglang_ext.doctor.comparison import WHOLE_PASS, Comparison
 from sglang_ext.doctor.digest import row_digests
 from sglang_ext.doctor.fingerprint import agree, fingerprint, of_all_ranks
 from sglang_ext.doctor.operators import Recorder
@@ -139,10 +139,11 @@ def _space(canonical_pass: CanonicalPass, quick: bool) -> tuple[Space, list[str]
 
 
 def _merged(certificate: Certificate, group: GroupCoordinator | None) -> Certificate:
-    """The certificate for all ranks: the first failing rank's, if any fails."""
+    """The certificate for all ranks: if any fails, that of the first one that names an operator."""
     of_ranks = cast("list[Certificate]", of_all_ranks(certificate, group))
-    failed = next((rank for rank, each in enumerate(of_ranks) if not each.passed), None)
-    if failed is not None:
+    failing = [rank for rank, each in enumerate(of_ranks) if not each.passed]
+    if failing:
+        failed = next((rank for rank in failing if of_ranks[rank].faulty != WHOLE_PASS), failing[0])
         note = () if len(of_ranks) == 1 else (f"as seen on tensor-parallel rank {failed}",)
         return dataclasses.replace(of_ranks[failed], notes=(*of_ranks[failed].notes, *note))
     agree([each.fingerprint for each in of_ranks])

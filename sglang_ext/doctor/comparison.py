@@ -22,14 +22,13 @@ BETWEEN = "between modules"
 class _Seen:
     """What was first computed for the positions of one sequence.
 
-    ``known`` bool ``[length]``; ``logits`` int64 ``[length]``; ``inputs`` and ``outputs`` int64
-    ``[events, length]``, empty without operators.
+    ``known`` bool ``[length]``; ``logits`` int64 ``[length]``; ``operators`` int64 ``[3, events, length]``:
+    inputs, outputs and this rank's own inputs, empty without operators.
     """
 
     known: torch.Tensor
     logits: torch.Tensor
-    inputs: torch.Tensor
-    outputs: torch.Tensor
+    operators: torch.Tensor
 
 
 @dataclass
@@ -96,13 +95,13 @@ class Comparison:
             RuntimeError: the pass ran other operators than the first one.
         """
         self._check_events(events)
-        inputs, outputs = _stacked(events, len(logits))
+        operators = _stacked(events, len(logits))
         for segment, placement in enumerate(placements):
             rows = _Rows(trial, segment, placement, segment * self.rows)
             here = slice(rows.first_row, rows.first_row + placement.rows)
             taint = taints.setdefault(placement.request, torch.zeros(len(events), dtype=torch.bool))
             sequence = trial.requests[placement.request].sequence
-            self._add_rows(rows, sequence, logits[here], inputs[:, here], outputs[:, here], events, taint)
+            self._add_rows(rows, sequence, logits[here], operators[..., here], events, taint)
 
     def reports(self) -> list[OperatorReport]:
         """A report per operator, in order of their first call, and one of the pass as a whole."""
@@ -131,8 +130,7 @@ class Comparison:
         rows: _Rows,
         sequence: int,
         logits: torch.Tensor,
-        inputs: torch.Tensor,
-        outputs: torch.Tensor,
+        operators: torch.Tensor,
         events: Sequence[Event],
         taint: torch.Tensor,
     ) -> None:
@@ -142,20 +140,17 @@ class Comparison:
         same_logits = seen.logits[span] == logits
         self._count(WHOLE_PASS, rows, known, known & ~same_logits, "logits")
         if events:
-            same_in, same_out = seen.inputs[:, span] == inputs, seen.outputs[:, span] == outputs
-            self._blame(rows, known, same_in, same_out, events, taint)
+            self._blame(rows, known, *(seen.operators[..., span] == operators), events, taint)
         new = ~known
-        for stored, value in ((seen.logits, logits), (seen.inputs, inputs), (seen.outputs, outputs)):
+        for stored, value in ((seen.logits, logits), (seen.operators, operators)):
             stored[..., span] = torch.where(new, value, stored[..., span])
         seen.known[span] = True
 
     def _nothing_seen(self, events: int) -> _Seen:
-        per_event = torch.zeros(2, events, self.length, dtype=torch.int64)
         return _Seen(
             torch.zeros(self.length, dtype=torch.bool),
             torch.zeros(self.length, dtype=torch.int64),
-            per_event[0],
-            per_event[1],
+            torch.zeros(3, events, self.length, dtype=torch.int64),
         )
 
     def _blame(
@@ -164,13 +159,16 @@ class Comparison:
         known: torch.Tensor,
         same_in: torch.Tensor,
         same_out: torch.Tensor,
+        same_own_in: torch.Tensor,
         events: Sequence[Event],
         taint: torch.Tensor,
     ) -> None:
         """An operator is at fault where equal inputs gave unequal outputs.
 
-        To attention the keys and values of the whole prefix are inputs as well.
+        To attention the keys and values of the whole prefix are inputs as well; to an operator that holds a
+        collective, what other tensor-parallel ranks put in. Those ranks report what is wrong with it.
         """
+        foreign = known & same_own_in & ~same_in
         is_attention = torch.tensor([event.operator == ATTENTION for event in events])
         changed = is_attention[:, None] & known & ~same_in
         # By rows in front of it: what changed in the row itself shows in its own inputs.
@@ -179,23 +177,22 @@ class Comparison:
         comparable = known & same_in & ~tainted
         wrong = comparable & ~same_out
         for number, event in enumerate(events):
-            own = wrong[number]
             if event.nested:
-                own = own & ~wrong[event.nested].any(0)
-            self._count(event.operator, rows, comparable[number], own, event.path)
-        self._blame_between(rows, known, same_in, wrong, tainted, events)
+                comparable[number] &= ~foreign[event.nested].any(0)
+                wrong[number] &= comparable[number] & ~wrong[event.nested].any(0)
+            self._count(event.operator, rows, comparable[number], wrong[number], event.path)
+        inherited = wrong.any(0) | tainted.any(0) | foreign.any(0)
+        self._blame_between(rows, known, same_in, inherited, events)
 
     def _blame_between(
         self,
         rows: _Rows,
         known: torch.Tensor,
         same_in: torch.Tensor,
-        wrong: torch.Tensor,
-        tainted: torch.Tensor,
+        inherited: torch.Tensor,
         events: Sequence[Event],
     ) -> None:
-        """Rows whose inputs changed somewhere although no operator was at fault."""
-        inherited = wrong.any(0) | tainted.any(0)
+        """Rows whose inputs changed somewhere although no operator was at fault, here or on another rank."""
         unexplained = known & ~same_in.all(0) & ~inherited
         if not unexplained.any():
             return
@@ -216,9 +213,8 @@ class Comparison:
             self._failed.append(operator)
 
 
-def _stacked(events: Sequence[Event], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and outputs of all events, ``[events, rows]``."""
+def _stacked(events: Sequence[Event], rows: int) -> torch.Tensor:
+    """Inputs, outputs and own inputs of all events, ``[3, events, rows]``."""
     if not events:
-        nothing = torch.zeros(0, rows, dtype=torch.int64)
-        return nothing, nothing
-    return torch.stack([e.inputs for e in events]), torch.stack([e.outputs for e in events])
+        return torch.zeros(3, 0, rows, dtype=torch.int64)
+    return torch.stack([torch.stack([e.inputs, e.outputs, e.own_inputs]) for e in events], dim=1)

@@ -1,8 +1,10 @@
 """Batch-invariant replacements of operators that fail the certification.
 
 An operator that fails is replaced by one that passes, or the server refuses to start. The table says which
-replacements there are. It is empty on purpose: on a CPU no operator of a dense model fails, and a
-replacement belongs here only once a certification with it has passed on the device it is for.
+replacements there are. It is empty on purpose: operators that are known to depend on other rows are replaced
+in every canonical pass, whatever a finite probe finds (on a CPU: ``sglang_ext/cpu/experts.py`` and
+``collectives.py``), and with these none fails there. A replacement belongs here only once a certification
+with it has passed on the device it is for.
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ class Event:
     Attributes:
         operator: its kind, as it stands in the report.
         path: module path, with the layer's number.
-        inputs, outputs: int64 ``[rows]``, digest of each row of all tensors that went in and came out.
+        inputs, outputs: int64 ``[rows]``, digest of each row of all tensors that went in and came out; the
+            inputs of a collective are those of all tensor-parallel ranks.
         nested: indices of the operators that ran inside it.
-        collective: whether its result depends on the inputs of other ranks.
+        own_inputs: inputs on this rank alone.
     """
 
     operator: str
@@ -37,6 +38,10 @@ class Event:
     inputs: torch.Tensor
     outputs: torch.Tensor
     nested: list[int] = field(default_factory=list)
+    own_inputs: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own_inputs = self.inputs
 
     @property
     def collective(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from sglang_ext.llm42.canonical_scope import canonical_scope
 from sglang_ext.llm42.lane import LaneConfig, SegmentKind
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class CanonicalPass:
 
         batch = self._forward_batch(segments, candidates)
         self._attention.init_forward_metadata(batch)
-        with forward_context(ForwardContext(attn_backend=self._attention)):
+        with canonical_scope(), forward_context(ForwardContext(attn_backend=self._attention)):
             output = self.model_runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits.view(self.segments, self.rows, -1)
 

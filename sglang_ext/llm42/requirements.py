@@ -59,6 +59,34 @@ FLAGS: tuple[Unsupported, ...] = (
         "context parallelism splits attention over ranks",
     ),
     Unsupported(
+        "--ep-size > 1",
+        lambda args: args.ep_size > 1,
+        "a rank would compute the rows that chose its experts, and their number depends on the other rows",
+    ),
+    Unsupported(
+        "--moe-a2a-backend",
+        lambda args: args.moe_a2a_backend not in (None, "none"),
+        "which rows reach an expert depends on the traffic of all ranks",
+    ),
+    Unsupported(
+        "--enable-eplb, --ep-num-redundant-experts or --ep-dispatch-algorithm",
+        lambda args: args.enable_eplb or args.ep_num_redundant_experts > 0 or args.ep_dispatch_algorithm,
+        "which copy of an expert computes a row depends on traffic",
+    ),
+    Unsupported(
+        "--elastic-ep-backend", lambda args: args.elastic_ep_backend, "ranks with experts come and go"
+    ),
+    Unsupported(
+        "--moe-dp-size > 1 or --dwdp-size > 1",
+        lambda args: args.moe_dp_size > 1 or args.dwdp_size > 1,
+        "experts would serve several data-parallel ranks",
+    ),
+    Unsupported(
+        "--kt-weight-path",
+        lambda args: args.kt_weight_path,
+        "its kernels compute as many rows of an expert as chose it",
+    ),
+    Unsupported(
         "--enable-hierarchical-cache",
         lambda args: args.enable_hierarchical_cache,
         "its storage does not know which KV is canonical",
@@ -147,11 +175,6 @@ MODELS: tuple[Unsupported, ...] = (
         "their state cannot be rolled back",
     ),
     Unsupported(
-        "mixture-of-experts models",
-        lambda config: _has_experts(config),
-        "how many rows an expert gets depends on the other rows",
-    ),
-    Unsupported(
         "encoder-decoder models",
         lambda config: config.is_encoder_decoder,
         "canonical passes know decoders only",
@@ -237,11 +260,6 @@ def _has_recurrent_layers(config: Any) -> bool:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     return mambaish_config(config) is not None
-
-
-def _has_experts(config: Any) -> bool:
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any((getattr(config.hf_text_config, name, None) or 0) > 1 for name in names)
 
 
 def _rust_server() -> bool:

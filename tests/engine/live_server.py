@@ -196,7 +196,11 @@ class Server:
 
     def statistics(self) -> dict[str, int]:
         """LLM-42's counters since :meth:`reset_statistics`."""
-        return requests.get(f"{self.url}/llm42_stats", timeout=REQUEST_TIMEOUT_S).json()["dp_0"]
+        return self.statistics_of_ranks()["dp_0"]
+
+    def statistics_of_ranks(self) -> dict[str, dict[str, int]]:
+        """The same of every data-parallel rank."""
+        return requests.get(f"{self.url}/llm42_stats", timeout=REQUEST_TIMEOUT_S).json()
 
     def reset_statistics(self) -> None:
         """Set LLM-42's counters to zero."""
@@ -213,6 +217,12 @@ def at_once(calls: Sequence[Callable[[], Any]], gap_s: float = 0.01) -> list[Any
         return [future.result() for future in futures]
 
 
+def sabotage_variables(control: Path) -> dict[str, str]:
+    """Environment variables of a process with the test-only plugin, which breaks what ``control`` says."""
+    path = os.pathsep.join(filter(None, [str(SABOTAGE_FOLDER), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, SABOTAGE_FILE: str(control)}
+
+
 class SabotagedServer(Server):
     """A server with the test-only plugin, which breaks what :meth:`broken` says."""
 
@@ -221,9 +231,7 @@ class SabotagedServer(Server):
     ) -> None:
         self._control = log.with_suffix(".sabotage")
         self._control.write_text("")
-        path = os.pathsep.join(filter(None, [str(SABOTAGE_FOLDER), os.environ.get("PYTHONPATH")]))
-        variables = {"PYTHONPATH": path, SABOTAGE_FILE: str(self._control)}
-        super().__init__(model, log, flags, {**variables, **(environment or {})})
+        super().__init__(model, log, flags, {**sabotage_variables(self._control), **(environment or {})})
 
     @contextmanager
     def broken(self, mode: str) -> Iterator[None]:

@@ -26,7 +26,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_ext.llm42.config import REQUEST_KEY
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.sampling import derive_seed
-from sglang_ext.llm42.server import intake, internal_state, marks, openai, refusals, reports
+from sglang_ext.llm42.server import endpoints, intake, internal_state, marks, openai, refusals, reports
 
 VOCABULARY = 100
 
@@ -497,6 +497,7 @@ def test_counters_travel_with_the_internal_state() -> None:
     scheduler = types.SimpleNamespace(
         llm42=types.SimpleNamespace(statistics=_Statistics()),
         llm42_configuration_digest="d",
+        ps=types.SimpleNamespace(dp_rank=3),
         llm42_fingerprint="f",
     )
     result = types.SimpleNamespace(internal_state={"theirs": 1})
@@ -505,6 +506,7 @@ def test_counters_travel_with_the_internal_state() -> None:
         "theirs": 1,
         "llm42": {"decode_steps": 3},
         "llm42_configuration": "d",
+        "llm42_dp_rank": 3,
         "llm42_fingerprint": "f",
     }
 
@@ -516,6 +518,18 @@ def test_counters_travel_with_the_internal_state() -> None:
 
     other = SetInternalStateReq(server_args={"pp_max_micro_batch_size": 1})
     assert internal_state.set_internal_state(lambda scheduler, req: req, scheduler, other) is other
+
+
+def test_counters_are_named_after_the_rank_that_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever rank answers first."""
+
+    class Manager:
+        async def get_internal_state(self) -> list[dict[str, Any]]:
+            return [{"llm42": {"decode_steps": rank}, "llm42_dp_rank": rank} for rank in (1, 2, 0)]
+
+    monkeypatch.setattr(endpoints, "_tokenizer_manager", Manager)
+    counters = asyncio.run(endpoints.llm42_stats())
+    assert list(counters.items()) == [(f"dp_{rank}", {"decode_steps": rank}) for rank in range(3)]
 
 
 # Frontend programs

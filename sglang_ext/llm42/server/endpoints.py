@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_ext.llm42.server.internal_state import RESET_KEY, STATE_KEY
+from sglang_ext.llm42.server.internal_state import RANK_KEY, RESET_KEY, STATE_KEY
 
 
 def add_endpoints(*args: Any, **kwargs: Any) -> None:
@@ -22,7 +22,8 @@ def add_endpoints(*args: Any, **kwargs: Any) -> None:
 async def llm42_stats() -> dict[str, dict[str, int]]:
     """Counters of every data-parallel rank since start or the last reset: ``{"dp_0": {...}, ...}``."""
     states = await _tokenizer_manager().get_internal_state()
-    return {f"dp_{rank}": state[STATE_KEY] for rank, state in enumerate(states)}
+    by_rank = sorted(states, key=lambda state: state[RANK_KEY])
+    return {f"dp_{state[RANK_KEY]}": state[STATE_KEY] for state in by_rank}
 
 
 async def reset_llm42_stats() -> dict[str, str]:

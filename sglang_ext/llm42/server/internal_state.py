@@ -17,6 +17,9 @@ STATE_KEY = "llm42"
 #: Key of the digest of the server's configuration, beside the counters.
 CONFIGURATION_KEY = "llm42_configuration"
 
+#: Key of the scheduler's data-parallel rank: SGLang gathers the states in the order in which they arrive.
+RANK_KEY = "llm42_dp_rank"
+
 #: Key of the canonical fingerprint, likewise; null after an update of the weights until the server is idle.
 FINGERPRINT_KEY = "llm42_fingerprint"
 
@@ -29,6 +32,7 @@ def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
     if scheduler.llm42_fingerprint is None and scheduler.is_fully_idle():
         _certify_again(scheduler)
     result.internal_state[STATE_KEY] = scheduler.llm42.statistics.as_dict()
+    result.internal_state[RANK_KEY] = scheduler.ps.dp_rank or 0
     result.internal_state[CONFIGURATION_KEY] = scheduler.llm42_configuration_digest
     result.internal_state[FINGERPRINT_KEY] = scheduler.llm42_fingerprint
 

@@ -32,6 +32,8 @@ class Mode(StrEnum):
     WHOLE_WINDOW_FINISH = "whole_window_finish"  # the tokens of a window are finish-checked as one lump
     CORRUPT_CANDIDATES = "corrupt_candidates"  # a share of the candidates is replaced by other tokens
     LEAK_CANDIDATES = "leak_candidates"  # slots of candidates are never freed
+    STOCK_EXPERTS = "stock_experts"  # canonical passes run SGLang's experts
+    STOCK_ALL_REDUCE = "stock_all_reduce"  # canonical passes run gloo's all-reduce
 
 
 def active(mode: Mode) -> bool:
@@ -41,6 +43,7 @@ def active(mode: Mode) -> bool:
 
 def register() -> None:
     """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
+    from sglang_ext.cpu import collectives, experts
     from sglang_ext.llm42 import commit, request, sampling, scheduler_hooks
 
     _wrap(scheduler_hooks, "canonical_attention_factory", _attention_factory)
@@ -49,6 +52,8 @@ def register() -> None:
     _wrap(request, "attach", _attach)
     _wrap(commit, "_append_verdict", _append_verdict)
     _wrap(sampling, "_sample", _sample)
+    _wrap(experts, "invariant_experts", _invariant_experts)
+    _wrap(collectives, "_order_matters", _order_matters)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -155,3 +160,11 @@ def _sample_as_batch(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -
             positions,
         )
     return drawn.view(-1).to(torch.int64)
+
+
+def _invariant_experts(original: Callable[..., Any], stock: Callable[..., Any], *args: Any) -> Any:
+    return stock(*args) if active(Mode.STOCK_EXPERTS) else original(stock, *args)
+
+
+def _order_matters(original: Callable[..., bool], *args: Any) -> bool:
+    return original(*args) and not active(Mode.STOCK_ALL_REDUCE)
