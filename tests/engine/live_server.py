@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from serving import STRICT_MEMORY_CHECKS
 
 #: Seconds that a server may take to start, and a request to be answered, on a busy machine.
 START_TIMEOUT_S = 400
@@ -25,13 +26,6 @@ REQUEST_TIMEOUT_S = 300
 #: Folder of the test-only plugin, and the variable that names its control file.
 SABOTAGE_FOLDER = Path(__file__).parent / "sabotage_plugin"
 SABOTAGE_FILE = "SABOTAGE_FILE"
-
-#: SGLang ends the scheduler at the first slot that is lost, freed twice or used after it was freed.
-STRICT_MEMORY_CHECKS = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def _is_number(value: Any) -> bool:
     """Whether ``value`` is a number that a float can hold (or NaN or infinity, which SGLang refuses)."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
-    return not _is_int(value) or abs(value) <= sys.float_info.max
+    return not isinstance(value, Integral) or abs(int(value)) <= sys.float_info.max
 
 
 def _is_text(value: Any) -> bool:
