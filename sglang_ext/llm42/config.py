@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 #: Key inside ``SamplingParams.custom_params`` that carries our per-request settings to the scheduler.
 REQUEST_KEY = "llm42"
 
-#: Appended to a deterministic request's ``extra_key``: the radix-cache namespace of canonical KV.
+#: Appended to a deterministic request's ``extra_key``, followed by the number of weight updates so far: the
+#: radix-cache namespace of canonical KV.
 CANONICAL_NAMESPACE = "\x1fllm42"
 
 

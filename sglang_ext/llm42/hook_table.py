@@ -13,6 +13,8 @@ def _row(target: str, kind: Kind, function: str, why: str, module: str = "schedu
     return Hook(target, kind, f"sglang_ext.llm42.{module}:{function}", Feature.LLM42, why)
 
 
+_WEIGHTS = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
 HOOKS: tuple[Hook, ...] = (
     _row(
         "sglang.srt.managers.scheduler.Scheduler.init_model_worker",
@@ -122,5 +124,15 @@ HOOKS: tuple[Hook, ...] = (
         Kind.AROUND,
         "accept_for_streaming",
         "no empty chunk is streamed while candidates wait",
+    ),
+    *(
+        _row(
+            f"{_WEIGHTS}.update_weights_from_{source}",
+            Kind.AFTER,
+            "weights_updated",
+            "canonical KV of the old weights must not be used, requests that began with them must end",
+            module="weight_updates",
+        )
+        for source in ("disk", "distributed", "tensor", "ipc")
     ),
 )

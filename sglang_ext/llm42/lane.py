@@ -73,6 +73,8 @@ class LaneRequest:
         in_flight: rows of this request in a pass whose result was not applied yet.
         due_since: step at which the request became due, None while it is not.
         urgent: verify as soon as possible (an end of sequence is among the candidates, say).
+        doubtful: a candidate won so narrowly that it may be rejected, with everything behind it.
+        streamed: the client reads along.
     """
 
     known_end: int
@@ -84,6 +86,8 @@ class LaneRequest:
     in_flight: int = 0
     due_since: int | None = None
     urgent: bool = False
+    doubtful: bool = False
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.canonical_end < self.known_end:
@@ -141,7 +145,11 @@ class LaneRequest:
         """``rows`` rows from ``base`` on went into a pass."""
         self.in_flight += rows
         self.due_since = None
-        self.urgent = False
+        self.urgent = self.doubtful = False
+
+    def being_judged(self, position: int) -> bool:
+        """Whether the candidate at ``position`` is committed, or in a pass under way."""
+        return self.base is not None and position <= self.base + self.in_flight
 
     def prompt_done(self, rows: int) -> bool:
         """``rows`` prompt rows were computed; returns whether that was the end of the prompt."""
@@ -188,8 +196,9 @@ class LanePolicy:
 
     The rule, in order:
 
-    1. A request is *due* when W candidates wait, when its candidates reach the length limit, or when it is
-       urgent. A prompt is due from its admission.
+    1. A request is *due* when W candidates wait (half as many if its client reads along), when its
+       candidates reach the length limit, when one of them is doubtful, or when it is urgent. A prompt is due
+       from its admission.
     2. A pass runs when due segments fill it, when the oldest has waited ``max_wait_steps``, when a prompt
        waits, or when nothing could decode meanwhile.
     3. Half of the segments are kept for prompts and half for verification as long as both wait; within each
@@ -202,6 +211,8 @@ class LanePolicy:
         self.config = config
         # Who gets the larger half of an odd number of segments; it alternates, or G = 1 would starve one.
         self._prompts_round_up = True
+        # A stream that waits for whole windows comes in bursts; shorter windows would cost more passes.
+        self._stream_window = max(1, config.window_size // 2)
 
     def update_due(self, requests: Iterable[LaneRequest], step: int) -> None:
         """Note from which ``step`` on each request is due."""
@@ -258,9 +269,10 @@ class LanePolicy:
         return request.decoding and request.pending > 0 and request.in_flight == 0
 
     def _verify_due(self, request: LaneRequest) -> bool:
-        return self._verifiable(request) and (
-            request.pending >= self.config.window_size or request.length_reached or request.urgent
-        )
+        if not self._verifiable(request):
+            return False
+        enough = self._stream_window if request.streamed else self.config.window_size
+        return request.pending >= enough or request.length_reached or request.doubtful or request.urgent
 
     def _prompt_segments(self, request: LaneRequest) -> int:
         return -(-(request.known_end - request.planned_end) // self.config.window_size)

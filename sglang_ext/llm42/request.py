@@ -79,6 +79,7 @@ class DeterministicRequest:
             known_end=len(req.full_untruncated_fill_ids),
             max_end=len(req.origin_input_ids) + req.sampling_params.max_new_tokens,
             canonical_end=cached,
+            streamed=req.stream,
         )
         return self.lane
 
@@ -113,11 +114,14 @@ def of(req: Req) -> DeterministicRequest | None:
     return getattr(req, "llm42", None)
 
 
-def attach(req: Req) -> None:
+def attach(req: Req, weights_generation: int) -> None:
     """Give a marked ``req`` its state and the radix-cache namespace of canonical KV.
 
     The namespace is composed with whatever ``extra_key`` carries already (cache salt, LoRA), so that
-    marked requests meet canonical entries only, and unmarked ones never do.
+    marked requests meet canonical entries of the present weights only, and unmarked ones never do.
+
+    Args:
+        weights_generation: how often the server's weights were updated.
     """
     settings = (req.sampling_params.custom_params or {}).get(REQUEST_KEY)
     if not settings:
@@ -128,4 +132,15 @@ def attach(req: Req) -> None:
         seed=DEFAULT_SEED if seed is None else int(seed),
         seed_is_default=seed is None,
     )
-    req.extra_key = (req.extra_key or "") + CANONICAL_NAMESPACE
+    req.extra_key = (req.extra_key or "") + _namespace(weights_generation)
+
+
+def renew_namespace(req: Req, weights_generation: int) -> None:
+    """Let a marked ``req`` that has not begun meet canonical entries of new weights only."""
+    if of(req) is not None:
+        assert req.extra_key is not None
+        req.extra_key = req.extra_key.rpartition(CANONICAL_NAMESPACE)[0] + _namespace(weights_generation)
+
+
+def _namespace(weights_generation: int) -> str:
+    return f"{CANONICAL_NAMESPACE}{weights_generation}"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +46,9 @@ class DecodeStep:
         drafting: rows that draft a candidate.
         idle: rows that have nothing to decode: prompt unfinished, or enough candidates waiting.
         verdicts: what passes decided since the last step, by row.
+        drafted: rows that did draft a candidate, once they have.
+        narrow: of each of these, whether its candidate won narrowly, bool ``[len(drafted)]`` on the host,
+            complete when SGLang has the step's result there.
     """
 
     reqs: list[Req]
@@ -53,6 +56,8 @@ class DecodeStep:
     drafting: list[int]
     idle: list[int]
     verdicts: dict[int, list[Verdict]]
+    drafted: list[int] = field(default_factory=list)
+    narrow: torch.Tensor | None = None
 
     @property
     def others(self) -> int:
@@ -93,6 +98,10 @@ class Runtime:
         model_runner: SGLang's model runner, ready to run.
         config: window, group and policy.
         attention: factory of the row-invariant attention backend for the canonical pass.
+
+    Attributes:
+        canonical_pass: the pass that decides every deterministic token.
+        weights_generation: how often the weights were updated since the start.
     """
 
     def __init__(self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory) -> None:
@@ -102,7 +111,10 @@ class Runtime:
         self.policy = LanePolicy(lane)
         self.capacity = lane.capacity
         self.statistics = Statistics()
-        self._pass = CanonicalPass(model_runner, lane, attention)
+        self.weights_generation = 0
+        # Two units in the last place of the logits' dtype, relative.
+        self._rounding = 2 * torch.finfo(model_runner.dtype).eps
+        self.canonical_pass = CanonicalPass(model_runner, lane, attention)
         self._table = CandidateTable(
             model_runner.req_to_token_pool.req_to_token.shape[0], lane.capacity, self.device
         )
@@ -135,11 +147,16 @@ class Runtime:
         self._requests.pop(state.lane, None)
         state.leave()
 
-    def note_candidate(self, req: Req, ends: bool) -> None:
-        """The host has seen a candidate of ``req``; one that may end the output is verified soon."""
-        state = deterministic.of(req)
-        if ends and state is not None and state.lane is not None and state.lane.pending:
-            state.lane.urgent = True
+    def note_candidate(self, req: Req, position: int, ends: bool, narrow: bool) -> None:
+        """The host has seen the candidate of ``req`` at ``position``.
+
+        One that may end the output is verified soon; one that won narrowly makes the request due.
+        """
+        lane = self._lane(req)
+        if lane is None or not lane.pending or lane.being_judged(position):
+            return
+        lane.urgent |= ends
+        lane.doubtful |= narrow
 
     # One decode step
 
@@ -219,13 +236,19 @@ class Runtime:
         lanes = [lane for req in reqs if (lane := self._lane(req)) is not None]
         logits = self._process(logits, reqs, [lane.pending for lane in lanes])
         positions = torch.tensor([step.positions[row] + 1 for row in drafting], device=self.device)
-        drafted = sampling.sample(logits, sampling_rows(reqs, self.device), positions)
+        drafted, margins = sampling.sample_with_margin(logits, sampling_rows(reqs, self.device), positions)
+        step.drafted, step.narrow = drafting, self._narrow(logits, drafted, margins)
         pool = torch.tensor([req.req_pool_idx for req in reqs], device=self.device)
         self._table.write(pool, positions, drafted)
         for lane in lanes:
             lane.drafted()
         token_ids[rows] = drafted.to(token_ids.dtype)
         return token_ids
+
+    def _narrow(self, logits: torch.Tensor, token_ids: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
+        """Whether rounding alone might have given another token; bool ``[rows]``, on its way to the host."""
+        size = logits.gather(1, token_ids[:, None])[:, 0].float().abs()
+        return (margins <= size * self._rounding).to("cpu", non_blocking=True)
 
     def _feed_candidates(self, step: DecodeStep, batch: ScheduleBatch) -> None:
         """Put the last candidate of every drafting row, and padding for idle rows, into the batch's input."""
@@ -247,7 +270,7 @@ class Runtime:
         if not segments:
             return
         owned = [(segment, self._requests[segment.request]) for segment in segments]
-        logits = self._pass.run([self._pass_segment(*item) for item in owned], self._table)
+        logits = self.canonical_pass.run([self._pass_segment(*item) for item in owned], self._table)
         self._launched.append(self._judge(owned, logits))
         self.statistics.count_pass(segments, self.config.lane.rows)
 

@@ -200,14 +200,29 @@ def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
 
     Raises ValueError if the shapes do not fit.
     """
+    return _sample(logits, rows, positions, None)
+
+
+def sample_with_margin(logits: Tensor, rows: SamplingRows, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`sample`, and by how much each token won: float32 [rows], in units of the logits.
+
+    The margin is that of the scores that decide, noise included, over the second best token; infinite if
+    there is none. A small one predicts divergence between candidate and canonical token: use it to decide
+    when to verify, never whether.
+    """
+    margins = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+    return _sample(logits, rows, positions, margins), margins
+
+
+def _sample(logits: Tensor, rows: SamplingRows, positions: Tensor, margins: Tensor | None) -> Tensor:
     if logits.dim() != 2 or len(rows) != logits.shape[0] or positions.shape != logits.shape[:1]:
         raise ValueError(
             f"logits {tuple(logits.shape)}, {len(rows)} sampling rows and positions "
             f"{tuple(positions.shape)} do not fit together"
         )
     if logits.device.type == "cpu":
-        return _sample_by_row(logits, rows, positions)
-    return _sample_batched(logits, rows, positions)
+        return _sample_by_row(logits, rows, positions, margins)
+    return _sample_batched(logits, rows, positions, margins)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -221,16 +236,6 @@ def log_softmax(logits: Tensor) -> Tensor:
     for row, out in zip(logits, result, strict=True):
         _log_softmax_cpu_row(row, out)
     return result
-
-
-def margin(logits: Tensor) -> Tensor:
-    """Highest minus second highest logit of each row; float32 [rows].
-
-    A small margin predicts divergence between candidate and canonical token: use it to decide when to
-    verify, never whether.
-    """
-    top = logits.topk(2, dim=-1).values.float()
-    return top[:, 0] - top[:, 1]
 
 
 # Noise
@@ -283,7 +288,9 @@ def _gumbel_of_hash(hashed: Tensor) -> Tensor:
 # All rows at once: any device
 
 
-def _sample_batched(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
+def _sample_batched(logits: Tensor, rows: SamplingRows, positions: Tensor, margins: Tensor | None) -> Tensor:
+    if margins is not None:
+        margins.copy_(_lead(logits))
     if not rows.any_sampled:
         return _argmax_lowest(logits)
     index = rows.sampled_rows
@@ -298,9 +305,19 @@ def _sample_batched(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Te
         keep = _keep_mask(scaled[subset], rows.top_k[cut], rows.top_p[cut], rows.min_p[cut])
         scores[subset] = scores[subset].masked_fill(~keep, -math.inf)
     tokens = _argmax_lowest(scores)
+    if margins is not None:
+        margins[index] = _lead(scores) * rows.temperature[index]
     if len(index) == len(rows):
         return tokens
     return _argmax_lowest(logits).index_copy_(0, index, tokens)
+
+
+def _lead(values: Tensor) -> Tensor:
+    """Highest minus second highest value of each row; infinite where only one is finite."""
+    if values.shape[1] < 2:
+        return values.new_full((values.shape[0],), math.inf, dtype=torch.float32)
+    top = values.topk(2, dim=1).values.float()
+    return top[:, 0] - top[:, 1]
 
 
 def _argmax_lowest(values: Tensor) -> Tensor:
@@ -361,7 +378,7 @@ def _fold_sum(values: Tensor) -> Tensor:
 # One row after the other: CPU
 
 
-def _sample_by_row(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
+def _sample_by_row(logits: Tensor, rows: SamplingRows, positions: Tensor, margins: Tensor | None) -> Tensor:
     tokens = torch.empty(len(rows), dtype=torch.int64)
     vocab = logits.shape[1]
     id_blocks = [
@@ -374,14 +391,20 @@ def _sample_by_row(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Ten
     for row, params in enumerate(rows.params):
         if params.greedy:
             tokens[row] = _argmax_row(logits[row])
+            if margins is not None:
+                margins[row] = _lead(logits[row : row + 1])[0]
             continue
         _scale_row(logits[row], rows.temperature[row], scaled)
         _score_row(scaled, id_blocks, keys[row], scores)
         if not params.truncated:
             tokens[row] = _argmax_row(scores)
-            continue
-        kept = _kept_ids(scaled, params, rows.top_p[row], rows.min_p[row])
-        tokens[row] = _argmax_among(scores, kept)
+            deciding = scores
+        else:
+            kept = _kept_ids(scaled, params, rows.top_p[row], rows.min_p[row])
+            tokens[row] = _argmax_among(scores, kept)
+            deciding = scores.index_select(0, kept)
+        if margins is not None:
+            margins[row] = _lead(deciding[None])[0] * params.temperature
     return tokens
 
 

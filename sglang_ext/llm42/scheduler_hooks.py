@@ -6,12 +6,14 @@ concerned and otherwise leaves the matter to SGLang.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_ext.doctor.certify import certify_quickly
 from sglang_ext.llm42 import allocation, logprobs
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.attention import canonical_attention_factory
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.utils import GenerationBatchResult
+
+logger = logging.getLogger(__name__)
 
 _runtime: Runtime | None = None
 _observer: Observer | None = None
@@ -58,7 +62,11 @@ def observer() -> Observer:
 
 
 def start_runtime(result: None, scheduler: Scheduler) -> None:
-    """After ``Scheduler.init_model_worker``: weights and pools are there, so the lane can be built."""
+    """After ``Scheduler.init_model_worker``: weights and pools are there, so the lane can be built.
+
+    Raises:
+        CertificationError: rows of canonical passes are not invariant with this model and configuration.
+    """
     global _runtime, _observer
     config = Llm42Config.from_server_args(scheduler.server_args)
     model_runner = scheduler.tp_worker.model_runner
@@ -66,6 +74,23 @@ def start_runtime(result: None, scheduler: Scheduler) -> None:
     _observer = Observer.of_scheduler(scheduler, _runtime)
     scheduler.llm42 = _runtime
     scheduler.llm42_configuration_digest = _observer.configuration_digest
+    certify(scheduler)
+
+
+def certify(scheduler: Scheduler) -> None:
+    """Check row invariance and note the canonical fingerprint; every rank must call it while idle.
+
+    Raises:
+        CertificationError: rows of canonical passes are not invariant with this model and configuration.
+    """
+    certificate = certify_quickly(runtime().canonical_pass)
+    scheduler.llm42_fingerprint = certificate.fingerprint
+    logger.info(
+        "Row invariance %s (checked in %.1f s); canonical fingerprint %s",
+        certificate.conclusion(),
+        certificate.seconds,
+        certificate.fingerprint,
+    )
 
 
 # Life of a request
@@ -73,7 +98,7 @@ def start_runtime(result: None, scheduler: Scheduler) -> None:
 
 def attach_state(result: None, req: Req, *args: Any, **kwargs: Any) -> None:
     """After ``Req.__init__``: marked requests get their state and their radix-cache namespace."""
-    deterministic.attach(req)
+    deterministic.attach(req, runtime().weights_generation)
     state = deterministic.of(req)
     if state is not None:
         req.customized_info = {"llm42": Report(state)}
@@ -227,7 +252,7 @@ def decode_outputs(
     if step is None:
         return None
     token_ids, token_logprobs = output
-    drafting = set(step.drafting)
+    narrow = dict(zip(step.drafted, [] if step.narrow is None else step.narrow.tolist(), strict=True))
     committed = 0
     for row, req in enumerate(batch.reqs):
         if deterministic.of(req) is None:
@@ -235,8 +260,9 @@ def decode_outputs(
         drafted, token_ids[row] = token_ids[row], []
         if req.finished() or req.is_retracted:
             continue
-        if row in drafting:
-            runtime().note_candidate(req, _may_end(req, drafted[0]))
+        if row in narrow:
+            position = step.positions[row] + 1
+            runtime().note_candidate(req, position, _may_end(req, drafted[0]), narrow[row])
         token_ids[row] = commit(req, step.verdicts.get(row, ()))
         committed += len(token_ids[row]) - 1
     processor.metrics_reporter.num_generated_tokens += committed

@@ -78,7 +78,7 @@ def _request(case: Case, marked: bool) -> Req:
     req = Req("r", "", array("q", PROMPT), params, eos_token_ids={EOS}, vocab_size=VOCABULARY)
     req.tokenizer = TOKENIZER
     req.cached_tokens = 0
-    attach(req)
+    attach(req, weights_generation=0)
     return req
 
 

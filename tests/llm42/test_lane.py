@@ -131,6 +131,15 @@ def test_a_due_window_waits_no_longer_than_the_rule_says(config: LaneConfig, see
                 assert step - since[request] <= config.max_wait_steps + 2 * limit + 2
 
 
+def decoding(pending: int, **traits: bool) -> LaneRequest:
+    """A request behind its prompt of one token, with candidates."""
+    request = LaneRequest(known_end=1, max_end=100, canonical_end=0, **traits)
+    request.prompt_planned(1)
+    request.prompt_done(1)
+    request.pending = pending
+    return request
+
+
 def test_pass_waits_to_fill_up_and_then_runs() -> None:
     config = LaneConfig(window_size=2, verify_batch_size=2, max_wait_steps=3)
     policy = LanePolicy(config)
@@ -148,13 +157,7 @@ def test_pass_waits_to_fill_up_and_then_runs() -> None:
 
 def test_urgent_request_is_verified_at_once_and_fills_up_with_others() -> None:
     policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=3))
-    requests = []
-    for pending in (1, 5, 2, 3):
-        request = LaneRequest(known_end=1, max_end=100, canonical_end=0)
-        request.prompt_planned(1)
-        request.prompt_done(1)
-        request.pending = pending
-        requests.append(request)
+    requests = [decoding(pending) for pending in (1, 5, 2, 3)]
     assert policy.plan(requests, 1, can_decode=True) == []
     requests[0].urgent = True
     segments = policy.plan(requests, 2, can_decode=True)
@@ -162,16 +165,34 @@ def test_urgent_request_is_verified_at_once_and_fills_up_with_others() -> None:
     assert [s.rows for s in segments] == [1, 5, 3]
 
 
+def test_doubtful_candidate_makes_due_but_does_not_hurry() -> None:
+    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=2, max_wait_steps=3))
+    request = decoding(2)
+    assert policy.plan([request], 1, can_decode=True) == []
+    request.doubtful = True
+    assert [bool(policy.plan([request], step, can_decode=True)) for step in range(2, 6)] == [0, 0, 0, 1]
+    assert not request.doubtful
+
+
+def test_stream_is_due_at_half_a_window() -> None:
+    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=1))
+    assert policy.plan([decoding(4)], 1, can_decode=True) == []
+    assert policy.plan([decoding(3, streamed=True)], 1, can_decode=True) == []
+    assert len(policy.plan([decoding(4, streamed=True)], 1, can_decode=True)) == 1
+
+
+def test_candidate_in_a_pass_under_way_is_being_judged() -> None:
+    request = decoding(3)
+    assert request.base == 1
+    assert [request.being_judged(position) for position in (1, 2)] == [True, False]
+    request.verify_planned(2)
+    assert [request.being_judged(position) for position in (2, 3, 4)] == [True, True, False]
+
+
 def test_prompts_and_windows_share_the_pass() -> None:
     policy = LanePolicy(LaneConfig(window_size=2, verify_batch_size=4))
     long_prompt = LaneRequest(known_end=100, max_end=200, canonical_end=0)
-    running = []
-    for _ in range(3):
-        request = LaneRequest(known_end=1, max_end=100, canonical_end=0)
-        request.prompt_planned(1)
-        request.prompt_done(1)
-        request.pending = 2
-        running.append(request)
+    running = [decoding(2) for _ in range(3)]
     kinds = [s.kind for s in policy.plan([long_prompt, *running], 1, can_decode=True)]
     assert kinds == [SegmentKind.PROMPT] * 2 + [SegmentKind.VERIFY] * 2
 

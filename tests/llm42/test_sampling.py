@@ -17,8 +17,8 @@ from sglang_ext.llm42.sampling import (
     SamplingRows,
     derive_seed,
     log_softmax,
-    margin,
     sample,
+    sample_with_margin,
 )
 
 Sampler = Callable[[Tensor, SamplingRows, Tensor], Tensor]
@@ -223,8 +223,8 @@ def test_batched_and_row_path_agree(vocab: int) -> None:
     for position in (0, 5, 4000):
         positions = torch.full((28,), position)
         assert torch.equal(
-            sampling._sample_batched(logits, rows, positions),
-            sampling._sample_by_row(logits, rows, positions),
+            sampling._sample_batched(logits, rows, positions, None),
+            sampling._sample_by_row(logits, rows, positions, None),
         )
 
 
@@ -454,7 +454,7 @@ def test_tokens_follow_the_renormalised_softmax(params: dict[str, float], vary: 
     seeds = range(DRAWS) if vary == "seed" else [DEFAULT_SEED] * DRAWS
     positions = torch.arange(DRAWS) if vary == "position" else torch.full((DRAWS,), 9)
     rows = SamplingRows.from_params([RowParams(**params, seed=seed) for seed in seeds])  # type: ignore[arg-type]
-    tokens = sampling._sample_batched(logits.expand(DRAWS, -1), rows, positions)
+    tokens = sampling._sample_batched(logits.expand(DRAWS, -1), rows, positions, None)
     head = SamplingRows.from_params(rows.params[:300])
     assert torch.equal(sample(logits.expand(300, -1), head, positions[:300]), tokens[:300])
 
@@ -473,7 +473,7 @@ def test_tokens_follow_the_renormalised_softmax(params: dict[str, float], vary: 
 def test_consecutive_tokens_are_independent() -> None:
     logits = torch.tensor([[0.0, 0.5, 1.0, -0.5]])
     rows = SamplingRows.from_params([RowParams()] * DRAWS)
-    tokens = sampling._sample_batched(logits.expand(DRAWS, -1), rows, torch.arange(DRAWS))
+    tokens = sampling._sample_batched(logits.expand(DRAWS, -1), rows, torch.arange(DRAWS), None)
     pairs = torch.bincount(tokens[:-1:2] * 4 + tokens[1::2], minlength=16).double()
     single = logits[0].double().softmax(0)
     assert chi_square_is_plausible(pairs, torch.outer(single, single).view(-1))
@@ -556,10 +556,40 @@ def test_derived_seeds() -> None:
         derive_seed(42, -1)
 
 
-def test_margin() -> None:
+def test_margin_of_greedy_rows() -> None:
     logits = torch.tensor([[1.0, 4.0, 3.5], [2.0, 2.0, 0.0]], dtype=torch.bfloat16)
-    assert margin(logits).tolist() == [0.5, 0.0]
-    assert margin(logits).dtype == torch.float32
+    rows = SamplingRows.from_params([RowParams(temperature=0.0)] * 2)
+    tokens, margins = sample_with_margin(logits, rows, torch.arange(2))
+    assert tokens.tolist() == [1, 0]
+    assert margins.tolist() == [0.5, 0.0]
+    assert margins.dtype == torch.float32
+
+
+@pytest.mark.parametrize("params", CROWD)
+def test_token_wins_up_to_its_margin(params: RowParams) -> None:
+    # Lowering the winner's logit by a little less than the margin keeps it, by a little more does not.
+    logits = random_logits(8, 300)
+    rows = SamplingRows.from_params([params] * 8)
+    positions = torch.arange(8)
+    tokens, margins = sample_with_margin(logits, rows, positions)
+    assert torch.equal(tokens, sample(logits, rows, positions))
+    if params.ordered or params.min_p > 0:
+        return  # another logit moves the cut as well
+    for factor, same in ((0.99, True), (1.01, False)):
+        lowered = logits.clone()
+        lowered[torch.arange(8), tokens] -= factor * margins + (0 if same else 1e-4)
+        assert torch.equal(sample(lowered, rows, positions) == tokens, torch.full((8,), same))
+
+
+def test_margins_do_not_depend_on_the_path() -> None:
+    logits = random_logits(len(CROWD), 300)
+    rows = SamplingRows.from_params(CROWD)
+    positions = torch.arange(len(CROWD))
+    margins = torch.empty(len(CROWD))
+    tokens = sampling._sample_batched(logits, rows, positions, margins)
+    expected_tokens, expected = sample_with_margin(logits, rows, positions)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(margins, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.gpu
@@ -574,7 +604,7 @@ def test_no_host_synchronisation_on_gpu() -> None:
     try:
         tokens = sample(logits, rows, positions)
         log_softmax(logits)
-        margin(logits)
+        sample_with_margin(logits, rows, positions)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens.tolist() == expected

@@ -540,7 +540,9 @@ class _Statistics:
 
 def test_counters_travel_with_the_internal_state() -> None:
     scheduler = types.SimpleNamespace(
-        llm42=types.SimpleNamespace(statistics=_Statistics()), llm42_configuration_digest="d"
+        llm42=types.SimpleNamespace(statistics=_Statistics()),
+        llm42_configuration_digest="d",
+        llm42_fingerprint="f",
     )
     result = types.SimpleNamespace(internal_state={"theirs": 1})
     internal_state.get_internal_state(result, scheduler, None)
@@ -548,6 +550,7 @@ def test_counters_travel_with_the_internal_state() -> None:
         "theirs": 1,
         "llm42": {"decode_steps": 3},
         "llm42_configuration": "d",
+        "llm42_fingerprint": "f",
     }
 
     reset = SetInternalStateReq(server_args={internal_state.RESET_KEY: 1})

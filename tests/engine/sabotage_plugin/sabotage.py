@@ -41,15 +41,14 @@ def active(mode: Mode) -> bool:
 
 def register() -> None:
     """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
-    from sglang_ext.llm42 import commit, request, runtime, sampling, scheduler_hooks
+    from sglang_ext.llm42 import commit, request, sampling, scheduler_hooks
 
     _wrap(scheduler_hooks, "canonical_attention_factory", _attention_factory)
     _wrap(scheduler_hooks, "forward_batch_generation", _forward_batch_generation)
     _wrap(scheduler_hooks, "release_overallocated", _release_overallocated)
     _wrap(request, "attach", _attach)
     _wrap(commit, "_append_verdict", _append_verdict)
-    _wrap(sampling, "sample", _sample)
-    _wrap(runtime.Runtime, "sample", _draw_candidates)
+    _wrap(sampling, "_sample", _sample)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -94,9 +93,9 @@ def _release_overallocated(
         original(stock, req, *args)
 
 
-def _attach(original: Callable[..., None], req: Any) -> None:
+def _attach(original: Callable[..., None], req: Any, weights_generation: int) -> None:
     shared = req.extra_key
-    original(req)
+    original(req, weights_generation)
     if active(Mode.SHARED_CACHE):
         req.extra_key = shared
 
@@ -116,26 +115,21 @@ def _append_verdict(original: Callable[..., None], req: Any, state: Any, verdict
     )
 
 
-_drawing_candidates = False
 _random = torch.Generator().manual_seed(0)
 
 
-def _draw_candidates(original: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    global _drawing_candidates
-    _drawing_candidates = True
-    try:
-        return original(*args)
-    finally:
-        _drawing_candidates = False
-
-
 def _sample(
-    original: Callable[..., torch.Tensor], logits: torch.Tensor, rows: Any, positions: torch.Tensor
+    original: Callable[..., torch.Tensor],
+    logits: torch.Tensor,
+    rows: Any,
+    positions: torch.Tensor,
+    margins: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Around the sampler of candidates, whose margins are wanted, and of canonical rows."""
+    token_ids = original(logits, rows, positions, margins)
     if active(Mode.BATCH_SAMPLER):
         return _sample_as_batch(logits, rows, positions)
-    token_ids = original(logits, rows, positions)
-    if not _drawing_candidates or not active(Mode.CORRUPT_CANDIDATES):
+    if margins is None or not active(Mode.CORRUPT_CANDIDATES):
         return token_ids
     wrong = torch.rand(len(token_ids), generator=_random) < CORRUPTED_SHARE
     return torch.where(wrong, (token_ids + 7) % logits.shape[1], token_ids)
