@@ -23,7 +23,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_ext.llm42.config import REQUEST_KEY
+from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.sampling import derive_seed
 from sglang_ext.llm42.server import intake, internal_state, marks, openai, refusals, reports
@@ -220,6 +220,14 @@ def test_prompts_without_tokens_are_refused() -> None:
         intake.create_tokenized_object(
             lambda *args: None, _manager(), _request({"is_deterministic": True}), "", []
         )
+
+
+@pytest.mark.parametrize("params", [{}, {"is_deterministic": True}])
+def test_nobody_names_the_namespace_of_canonical_kv(params: dict[str, Any]) -> None:
+    """An unmarked request could leave its own KV there, for marked ones to find."""
+    with pytest.raises(ValueError, match="extra_key"):
+        _tokenize(_request(params, extra_key="mine" + CANONICAL_NAMESPACE + "0"))
+    assert _tokenize(_request(params, extra_key="mine")).extra_key == "mine"
 
 
 # Refusals

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sglang_ext.llm42.config import CANONICAL_NAMESPACE
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.request import DEFAULT_SEED
 from sglang_ext.llm42.server import fields
@@ -39,7 +40,10 @@ def create_tokenized_object(
     """
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    if not isinstance(obj, GenerateReqInput) or not _take_mark(manager, obj):
+    if not isinstance(obj, GenerateReqInput):
+        return original(manager, obj, input_text, input_ids, *args, **kwargs)
+    _keep_namespace_apart(obj.extra_key)
+    if not _take_mark(manager, obj):
         return original(manager, obj, input_text, input_ids, *args, **kwargs)
     fields.check_request(obj, input_ids, manager.model_config.vocab_size)
     tokenized = original(manager, obj, input_text, input_ids, *args, **kwargs)
@@ -48,6 +52,16 @@ def create_tokenized_object(
         # Only this process is told when the version changes.
         tokenized.sampling_params.custom_params[WEIGHT_VERSION_KEY] = manager.config_value("weight_version")
     return tokenized
+
+
+def _keep_namespace_apart(extra_key: Any) -> None:
+    """Refuse a key with which an unmarked request could leave its KV where marked ones look for canonical KV.
+
+    Raises:
+        ValueError: ``extra_key`` names the namespace of canonical KV.
+    """
+    if isinstance(extra_key, str) and CANONICAL_NAMESPACE in extra_key:
+        raise ValueError(f"extra_key (or cache_salt) must not contain {CANONICAL_NAMESPACE!r}.")
 
 
 def _take_mark(manager: TokenizerManager, obj: GenerateReqInput) -> bool:
