@@ -17,6 +17,9 @@ import torch
 
 CONTROL = "SABOTAGE_FILE"
 
+#: Tokens and overhead that fit into the queue of :attr:`Mode.SMALL_LOG_QUEUE`.
+SMALL_QUEUE = 500
+
 #: Share of candidates that :attr:`Mode.CORRUPT_CANDIDATES` replaces.
 CORRUPTED_SHARE = 0.18
 
@@ -32,6 +35,7 @@ class Mode(StrEnum):
     WHOLE_WINDOW_FINISH = "whole_window_finish"  # the tokens of a window are finish-checked as one lump
     CORRUPT_CANDIDATES = "corrupt_candidates"  # a share of the candidates is replaced by other tokens
     LEAK_CANDIDATES = "leak_candidates"  # slots of candidates are never freed
+    SMALL_LOG_QUEUE = "small_log_queue"  # from the start: the commit log's queue holds a few lines
 
 
 def active(mode: Mode) -> bool:
@@ -42,6 +46,7 @@ def active(mode: Mode) -> bool:
 def register() -> None:
     """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
     from sglang_ext.llm42 import commit, request, sampling, scheduler_hooks
+    from sglang_ext.llm42.observability import log_writer
 
     _wrap(scheduler_hooks, "canonical_attention_factory", _attention_factory)
     _wrap(scheduler_hooks, "forward_batch_generation", _forward_batch_generation)
@@ -49,6 +54,7 @@ def register() -> None:
     _wrap(request, "attach", _attach)
     _wrap(commit, "_append_verdict", _append_verdict)
     _wrap(sampling, "_sample", _sample)
+    _wrap(log_writer.LogWriter, "__init__", _log_writer)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -91,6 +97,11 @@ def _release_overallocated(
 ) -> None:
     if req.llm42 is None or not active(Mode.LEAK_CANDIDATES):
         original(stock, req, *args)
+
+
+def _log_writer(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    small = {"capacity": SMALL_QUEUE} if active(Mode.SMALL_LOG_QUEUE) else {}
+    original(*args, **kwargs, **small)
 
 
 def _attach(original: Callable[..., None], req: Any, weights_generation: int) -> None:
