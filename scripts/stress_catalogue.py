@@ -226,6 +226,8 @@ def _stop_tokens(model: Model, chance: random.Random, body: dict[str, Any]) -> N
 
 
 def _minimum(model: Model, chance: random.Random, body: dict[str, Any]) -> None:
+    if any(name in body["sampling_params"] for grammar in model.grammars for name in grammar):
+        return  # where the grammar allows the end only, and that is forbidden, stock SGLang's scheduler ends
     _stop_tokens(model, chance, body)
     longest = body["sampling_params"]["max_new_tokens"]
     body["sampling_params"]["min_new_tokens"] = chance.randint(1, longest)

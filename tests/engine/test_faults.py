@@ -133,7 +133,7 @@ def test_a_prompt_longer_than_the_pool_is_refused_at_once(small_server: Server) 
 
 def test_an_output_longer_than_the_pool_ends_where_the_pool_does(small_server: Server) -> None:
     (prompt,) = random_prompts(1, 60, 60, seed=24)
-    request = Request(prompt, True, {"max_new_tokens": 100_000, "ignore_eos": True, "temperature": 1.0})
+    request = Request(prompt, True, {"max_new_tokens": 900, "ignore_eos": True, "temperature": 1.0})
     (alone,) = run_alone(small_server, [request])
     assert alone.finish is not None and alone.finish["type"] == "length"
     assert POOL - 80 < len(prompt) + len(alone.token_ids) < POOL
@@ -148,6 +148,24 @@ def test_more_requests_than_the_pool_holds_all_finish_alike(small_server: Server
         assert small_server.together(MANY) == expected
     assert small_server.metric("sglang:num_retracted_requests_total") > before, "too tame"
     small_server.wait_until_idle()
+
+
+# A request that no token can satisfy
+
+#: The grammar is complete after four tokens, and the end is forbidden before the twentieth.
+CONTRADICTORY = {"regex": "w1 w2 w3 w4 ", "min_new_tokens": 20, "max_new_tokens": 30, "sampling_seed": 5}
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9, "min_p": 0.1}])
+def test_a_contradictory_request_ends_alone(small_server: Server, sampling: dict[str, float]) -> None:
+    """Without the mark it ends stock SGLang's scheduler where it is sampled."""
+    (prompt,) = random_prompts(1, 20, 20, seed=25)
+    request = Request(prompt, True, {**CONTRADICTORY, **sampling})
+    expected = run_alone(small_server, MANY[:4])
+    *outputs, ended = small_server.together([*MANY[:4], request])
+    assert outputs == expected
+    assert ended.finish is not None and ended.finish["type"] == "abort"
+    assert small_server.together(MANY[:4]) == expected
 
 
 # A full disk
