@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +30,14 @@ PROMPTS_FILE = Path(__file__).parent / "data" / "prompts.json"
 
 #: Packages whose version can change results or timings.
 PACKAGES = ("sglang", "torch", "transformers", "sglang_ext")
+
+
+#: SGLang ends the scheduler at the first KV slot that is lost, freed twice or used after it was freed.
+STRICT_MEMORY_CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
 
 
 class ServingError(RuntimeError):
@@ -169,14 +177,25 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes]
 
+    def tail(self, lines: int = 30) -> str:
+        """The end of the log."""
+        return _tail(self.log, lines)
+
     def count_in_log(self, text: str) -> int:
         """Lines of the log that contain ``text``."""
         return sum(text in line for line in self.log.read_text(errors="replace").splitlines())
 
 
 @contextmanager
-def server(flags: Sequence[str], name: str = "server") -> Iterator[Server]:
+def server(
+    flags: Sequence[str], name: str = "server", environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Start ``python -m sglang_ext.launch_server`` on a free port on loopback, stop it at the end.
+
+    Args:
+        flags: its command line, without the port.
+        name: of its log.
+        environment: environment variables beside this process's own.
 
     Raises:
         ServingError: it ended or did not answer in time; the message has the end of its log.
@@ -188,7 +207,13 @@ def server(flags: Sequence[str], name: str = "server") -> Iterator[Server]:
     log = Path(tempfile.mkdtemp(prefix="sglang_ext_")) / f"{name}.log"
     say(f"Starting {name} (log: {log})\n  {shlex.join(command[1:])}")
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(process, url, log)

@@ -65,6 +65,12 @@ HOOKS: tuple[Hook, ...] = (
         "candidates are drawn by the canonical sampler, row by row",
     ),
     _row(
+        "sglang.srt.model_executor.model_runner.ModelRunner._preprocess_logits",
+        Kind.AFTER,
+        "logits_preprocessed",
+        "SGLang's state of a marked request may leave its row no token, which would end SGLang's sampler",
+    ),
+    _row(
         f"{_RESULTS}.process_batch_result_prefill",
         Kind.AROUND,
         "process_prefill_result",

@@ -122,6 +122,7 @@ class Runtime:
         self._launched: deque[LaunchedPass] = deque()
         self._step_number = 0
         self._sampling_step: DecodeStep | None = None
+        self._rows_to_level: list[int] = []
 
     # Life of a request
 
@@ -232,6 +233,7 @@ class Runtime:
         step, self._sampling_step = self._sampling_step, None
         if step is None:
             return sample_batch()
+        self._rows_to_level = step.drafting + step.idle
         # With a grammar SGLang samples only after the previous result, which may have ended a request.
         drafting = [row for row in step.drafting if self._lane(step.reqs[row]) is not None]
         if not drafting:
@@ -251,6 +253,17 @@ class Runtime:
             lane.drafted()
         token_ids[rows] = drafted.to(token_ids.dtype)
         return token_ids
+
+    def level_marked_rows(self, logits: torch.Tensor) -> None:
+        """Make all tokens equal in the marked rows of a decode batch, once SGLang has processed its logits.
+
+        What SGLang's sampler draws there is discarded, but a row without a token to draw would end it and the
+        scheduler. SGLang's state of a marked request can leave it such a row: its grammar matcher follows
+        committed tokens, its penalties count decode steps, and start from zero after a retraction.
+        """
+        rows, self._rows_to_level = self._rows_to_level, []
+        if rows:
+            logits[torch.tensor(rows, device=self.device)] = 0
 
     def _narrow(self, logits: torch.Tensor, token_ids: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
         """Whether rounding alone might have given another token; bool ``[rows]``, on its way to the host."""

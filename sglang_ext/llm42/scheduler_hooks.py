@@ -224,6 +224,11 @@ def sample(
     return runtime().sample(logits_output, lambda: original(model_runner, logits_output, forward_batch))
 
 
+def logits_preprocessed(result: None, model_runner: Any, logits_output: Any, sampling_info: Any) -> None:
+    """After ``ModelRunner._preprocess_logits``: what is in the marked rows is not SGLang's to sample."""
+    runtime().level_marked_rows(logits_output.next_token_logits)
+
+
 # Results
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from live_server import SabotagedServer, Server, StartServer, running
 from models import make_tokenizer, write_tiny_llama
+from tokenizers import Regex, pre_tokenizers
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY
 
 
@@ -52,6 +53,21 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random_llama")
     write_tiny_llama(folder, layers=4, hidden=256, intermediate=512, vocab=VOCABULARY, sensitive=True)
     make_tokenizer(["<s>", "</s>", *(f"w{i} " for i in range(2, VOCABULARY))]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def spelling_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As :func:`random_llama`, with printable characters among its tokens, for grammars and stop strings."""
+    folder = tmp_path_factory.mktemp("spelling_llama")
+    write_tiny_llama(folder, layers=4, hidden=256, intermediate=512, vocab=VOCABULARY, sensitive=True)
+    characters = [chr(code) for code in range(32, 127)]
+    words = [f"w{i} " for i in range(VOCABULARY - 2 - len(characters))]
+    tokenizer = make_tokenizer(["<s>", "</s>", *characters, *words])
+    # Text is encoded character by character, so that it never has fewer tokens than SGLang expects.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from serving import STRICT_MEMORY_CHECKS
 
 #: Seconds that a server may take to start, and a request to be answered, on a busy machine.
 START_TIMEOUT_S = 400
@@ -25,13 +26,6 @@ REQUEST_TIMEOUT_S = 300
 #: Folder of the test-only plugin, and the variable that names its control file.
 SABOTAGE_FOLDER = Path(__file__).parent / "sabotage_plugin"
 SABOTAGE_FILE = "SABOTAGE_FILE"
-
-#: SGLang ends the scheduler at the first slot that is lost, freed twice or used after it was freed.
-STRICT_MEMORY_CHECKS = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -194,6 +188,29 @@ class Server:
         if answer.status_code != 200:
             raise ServerError(f"POST /flush_cache: {answer.text}\n{self.tail()}")
 
+    def used_slots(self) -> int:
+        """Slots of the KV pool that are neither free nor only cached."""
+        loads = requests.get(f"{self.url}/v1/loads", timeout=60).json()["loads"]
+        return sum(load["num_used_tokens"] for load in loads)
+
+    def wait_until_idle(self) -> None:
+        """Return when no KV slot is in use and SGLang's idle check has run.
+
+        Raises:
+            ServerError: some still are after 60 s.
+        """
+        deadline = time.monotonic() + 60
+        while used := self.used_slots():
+            if time.monotonic() > deadline:
+                raise ServerError(f"{used} slots are still in use\n{self.tail()}")
+            time.sleep(0.2)
+        time.sleep(1)  # the check runs when nothing is left to do
+
+    def metric(self, name: str) -> float:
+        """Sum of a Prometheus metric over its labels."""
+        lines = requests.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
+
     def statistics(self) -> dict[str, int]:
         """LLM-42's counters since :meth:`reset_statistics`."""
         return self.statistics_of_ranks()["dp_0"]
@@ -224,13 +241,18 @@ def sabotage_variables(control: Path) -> dict[str, str]:
 
 
 class SabotagedServer(Server):
-    """A server with the test-only plugin, which breaks what :meth:`broken` says."""
+    """A server with the test-only plugin, to break ``mode`` from the start or what :meth:`broken` says."""
 
     def __init__(
-        self, model: Path, log: Path, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        self,
+        model: Path,
+        log: Path,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        mode: str = "",
     ) -> None:
         self._control = log.with_suffix(".sabotage")
-        self._control.write_text("")
+        self._control.write_text(mode)
         super().__init__(model, log, flags, {**sabotage_variables(self._control), **(environment or {})})
 
     @contextmanager

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 from determinism import run_alone, unmarked
 from live_server import Output, Request, SabotagedServer, Server, ServerError, StartServer, at_once
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY, marked, random_prompts
@@ -95,19 +94,6 @@ def _traffic(server: Server, round_: int) -> list[Output]:
     return [results[i] for i in range(len(SUBJECTS))]
 
 
-def _used_slots(server: Server) -> int:
-    """Slots of the KV pool that are neither free nor only cached."""
-    loads = requests.get(f"{server.url}/v1/loads", timeout=60).json()["loads"]
-    return sum(load["num_used_tokens"] for load in loads)
-
-
-def _wait_until_idle(server: Server) -> None:
-    deadline = time.monotonic() + 60
-    while _used_slots(server):
-        assert time.monotonic() < deadline, f"{_used_slots(server)} slots are still in use\n{server.tail()}"
-        time.sleep(0.2)
-
-
 @pytest.mark.parametrize(
     ("flags", "environment"),
     [
@@ -127,8 +113,7 @@ def test_every_slot_comes_back(
     expected = run_alone(server, SUBJECTS)
     for round_ in range(2):
         assert _traffic(server, round_) == expected
-    _wait_until_idle(server)
-    time.sleep(1)  # the idle check runs when nothing is left to do
+    server.wait_until_idle()
     server.flush_cache()
     log = server.log.read_text()
     assert RETRACTED.search(log), "the traffic was too tame: no request was retracted"

@@ -23,7 +23,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_ext.llm42.config import REQUEST_KEY
+from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.sampling import derive_seed
 from sglang_ext.llm42.server import endpoints, intake, internal_state, marks, openai, refusals, reports
@@ -149,7 +149,11 @@ def test_mark_all_leaves_embedding_requests_alone() -> None:
     obj = EmbeddingReqInput(input_ids=[1, 2], sampling_params={})
     sent: list[Any] = []
     intake.create_tokenized_object(
-        lambda manager, obj: sent.append(obj.sampling_params), _manager(llm42_mark_all=True), obj
+        lambda manager, obj, *args: sent.append(obj.sampling_params),
+        _manager(llm42_mark_all=True),
+        obj,
+        None,
+        [1, 2],
     )
     assert sent == [{}]
 
@@ -179,12 +183,56 @@ def test_shared_parameters_of_a_batch_are_copied() -> None:
     assert _custom(obj[1]) == {REQUEST_KEY: True}
 
 
+# Fields of the wrong type
+
+WRONG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("temperature", {"temperature": "0.5"}, {}),
+    ("custom_params", {"custom_params": "text"}, {}),
+    ("temprature", {"temprature": 0.5}, {}),
+    ("top_logprobs_num", {}, {"return_logprob": True, "top_logprobs_num": VOCABULARY + 1}),
+    ("extra_key", {}, {"extra_key": ["a"]}),
+]
+
+
+@pytest.mark.parametrize(("field", "params", "fields"), WRONG, ids=lambda value: str(value))
+def test_wrong_types_are_named_before_sglang_reads_them(
+    field: str, params: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    sent: list[Any] = []
+
+    def tokenize(*args: Any) -> None:
+        sent.append(args)
+
+    def send(params: dict[str, Any]) -> None:
+        obj = _request(params, **fields)
+        intake.create_tokenized_object(tokenize, _manager(), obj, "text", [1, 2, 3])
+
+    with pytest.raises(ValueError, match=field):
+        send({"is_deterministic": True, **params})
+    assert not sent
+    send(params)
+    send({"is_deterministic": False, **params})
+    assert len(sent) == 2, "unmarked requests are SGLang's to judge"
+
+
+def test_prompts_without_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        intake.create_tokenized_object(
+            lambda *args: None, _manager(), _request({"is_deterministic": True}), "", []
+        )
+
+
+@pytest.mark.parametrize("params", [{}, {"is_deterministic": True}])
+def test_nobody_names_the_namespace_of_canonical_kv(params: dict[str, Any]) -> None:
+    """An unmarked request could leave its own KV there, for marked ones to find."""
+    with pytest.raises(ValueError, match="extra_key"):
+        _tokenize(_request(params, extra_key="mine" + CANONICAL_NAMESPACE + "0"))
+    assert _tokenize(_request(params, extra_key="mine")).extra_key == "mine"
+
+
 # Refusals
 
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("sampling_seed", {"sampling_seed": "7"}, {}),
-    ("sampling_seed", {"sampling_seed": True}, {}),
-    ("sampling_seed", {"sampling_seed": 2**63}, {}),
     ("return_sampling_mask", {}, {"return_sampling_mask": True}),
     ("return_entropy", {}, {"return_entropy": True}),
     ("return_hidden_states", {}, {"return_hidden_states": True}),
@@ -368,6 +416,11 @@ def test_completion_list_for_one_prompt(prompt: Any) -> None:
 def test_wrong_completion_marks_are_refused(mark: Any) -> None:
     message, field = _completion(["a", "b"], mark)
     assert "is_deterministic" in message and field == "is_deterministic"
+
+
+def test_a_list_of_marks_cannot_come_in_custom_params() -> None:
+    message, field = _completion("a", None, custom_params={"llm42": [True, False]})
+    assert "custom_params.llm42" in message and field == "is_deterministic"
 
 
 def _chat(mark: Any) -> Any:

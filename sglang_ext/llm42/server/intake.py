@@ -11,8 +11,10 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sglang_ext.llm42.config import CANONICAL_NAMESPACE
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.request import DEFAULT_SEED
+from sglang_ext.llm42.server import fields
 from sglang_ext.llm42.server.marks import MARK_FIELD, is_marked, mark_of, with_mark
 from sglang_ext.llm42.server.refusals import refuse_unsupported
 
@@ -22,24 +24,44 @@ if TYPE_CHECKING:
 
 
 def create_tokenized_object(
-    original: Callable[..., Any], manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any
+    original: Callable[..., Any],
+    manager: TokenizerManager,
+    obj: Any,
+    input_text: Any,
+    input_ids: list[int] | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Around ``TokenizerManager._create_tokenized_object``: translate and check the mark.
 
     Raises:
-        ValueError: the mark is not a bool, this server does not serve deterministic requests, or the request
-            asks for something that they cannot have.
+        ValueError: the mark is not a bool, this server does not serve deterministic requests, a field of the
+            request is of the wrong type, or it asks for something that they cannot have.
     """
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    if not isinstance(obj, GenerateReqInput) or not _take_mark(manager, obj):
-        return original(manager, obj, *args, **kwargs)
-    tokenized = original(manager, obj, *args, **kwargs)
+    if not isinstance(obj, GenerateReqInput):
+        return original(manager, obj, input_text, input_ids, *args, **kwargs)
+    _keep_namespace_apart(obj.extra_key)
+    if not _take_mark(manager, obj):
+        return original(manager, obj, input_text, input_ids, *args, **kwargs)
+    fields.check_request(obj, input_ids, manager.model_config.vocab_size)
+    tokenized = original(manager, obj, input_text, input_ids, *args, **kwargs)
     refuse_unsupported(obj, tokenized)
     if getattr(manager.server_args, "llm42_commit_log", None):
         # Only this process is told when the version changes.
         tokenized.sampling_params.custom_params[WEIGHT_VERSION_KEY] = manager.config_value("weight_version")
     return tokenized
+
+
+def _keep_namespace_apart(extra_key: Any) -> None:
+    """Refuse a key with which an unmarked request could leave its KV where marked ones look for canonical KV.
+
+    Raises:
+        ValueError: ``extra_key`` names the namespace of canonical KV.
+    """
+    if isinstance(extra_key, str) and CANONICAL_NAMESPACE in extra_key:
+        raise ValueError(f"extra_key (or cache_salt) must not contain {CANONICAL_NAMESPACE!r}.")
 
 
 def _take_mark(manager: TokenizerManager, obj: GenerateReqInput) -> bool:
@@ -51,6 +73,8 @@ def _take_mark(manager: TokenizerManager, obj: GenerateReqInput) -> bool:
     mark = getattr(manager.server_args, "llm42_mark_all", False) if said is None else said
     if mark and not getattr(manager.server_args, "enable_llm42", False):
         raise ValueError(f"{MARK_FIELD}: this server was started without --enable-llm42.")
+    if mark:
+        fields.check_sampling(params, manager.model_config.vocab_size)
     if mark or MARK_FIELD in params or said is not None:
         # A new dict: the same one may stand in several requests of a batch.
         obj.sampling_params = with_mark(params, mark)

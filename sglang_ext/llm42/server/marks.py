@@ -36,15 +36,27 @@ def mark_of(params: Mapping[str, Any]) -> bool | None:
     mark = checked_mark(params.get(MARK_FIELD))
     if mark is not None:
         return mark
-    return checked_mark((params.get("custom_params") or {}).get(REQUEST_KEY), f"custom_params.{REQUEST_KEY}")
+    return mark_in(params.get("custom_params"))
+
+
+def mark_in(custom_params: Any) -> bool | None:
+    """What ``custom_params`` as a client wrote them say about the mark; None if they say nothing.
+
+    Raises:
+        ValueError: the mark is not a bool.
+    """
+    if not isinstance(custom_params, Mapping):
+        return None
+    return checked_mark(custom_params.get(REQUEST_KEY), f"custom_params.{REQUEST_KEY}")
 
 
 def with_mark(params: Mapping[str, Any], mark: bool) -> dict[str, Any]:
     """A copy of ``params`` in the form that the scheduler reads."""
     marked = {name: value for name, value in params.items() if name != MARK_FIELD}
-    custom = {
-        name: value for name, value in (params.get("custom_params") or {}).items() if name != REQUEST_KEY
-    }
+    given = params.get("custom_params")
+    if not mark and given and not isinstance(given, Mapping):
+        return marked  # no form of ours: SGLang's to judge
+    custom = {name: value for name, value in (given or {}).items() if name != REQUEST_KEY}
     if mark:
         custom[REQUEST_KEY] = True
     marked["custom_params"] = custom or None

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sglang_ext.llm42.config import REQUEST_KEY
-from sglang_ext.llm42.server.marks import MARK_FIELD, checked_mark, with_mark
+from sglang_ext.llm42.server.marks import MARK_FIELD, checked_mark, mark_in, with_mark
 
 
 async def handle_request(
@@ -29,6 +29,8 @@ async def _keep_mark(request: Any, raw_request: Any) -> None:
 
     if raw_request is None or not isinstance(request, ChatCompletionRequest | CompletionRequest):
         return
+    # A list there would be taken for one of ours, below.
+    mark_in(request.custom_params)
     body = await raw_request.json()  # parsed already; Starlette keeps it
     mark = body.get(MARK_FIELD) if isinstance(body, dict) else None
     if mark is None:

@@ -29,15 +29,7 @@ _NO_THINKING_BUDGET = "the budget is counted in SGLang's own sampler"
 _NO_MEDIA = "only text prompts are computed canonically"
 _NOT_RETURNED = "canonical passes do not return it"
 
-#: Sizes of int64, in which the sampling noise is keyed.
-_SEEDS = range(-(2**63), 2**63)
-
 REFUSED_PER_REQUEST: tuple[Refusal, ...] = (
-    Refusal(
-        "sampling_seed",
-        lambda obj, req: not _is_seed(req.sampling_params.sampling_seed),
-        "a seed is a 64-bit integer",
-    ),
     Refusal("input_embeds", lambda obj, req: req.input_embeds is not None, "canonical passes take token ids"),
     Refusal(
         "positional_embed_overrides",
@@ -84,7 +76,3 @@ def _has(data: object) -> bool:
     from sglang.srt.multimodal.mm_utils import has_valid_data
 
     return bool(has_valid_data(data))
-
-
-def _is_seed(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value in _SEEDS)

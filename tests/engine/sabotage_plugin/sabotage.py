@@ -17,6 +17,9 @@ import torch
 
 CONTROL = "SABOTAGE_FILE"
 
+#: Tokens and overhead that fit into the queue of :attr:`Mode.SMALL_LOG_QUEUE`.
+SMALL_QUEUE = 500
+
 #: Share of candidates that :attr:`Mode.CORRUPT_CANDIDATES` replaces.
 CORRUPTED_SHARE = 0.18
 
@@ -34,6 +37,7 @@ class Mode(StrEnum):
     LEAK_CANDIDATES = "leak_candidates"  # slots of candidates are never freed
     STOCK_EXPERTS = "stock_experts"  # canonical passes run SGLang's experts
     STOCK_ALL_REDUCE = "stock_all_reduce"  # canonical passes run gloo's all-reduce
+    SMALL_LOG_QUEUE = "small_log_queue"  # from the start: the commit log's queue holds a few lines
 
 
 def active(mode: Mode) -> bool:
@@ -45,6 +49,7 @@ def register() -> None:
     """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
     from sglang_ext.cpu import collectives, experts
     from sglang_ext.llm42 import commit, request, sampling, scheduler_hooks
+    from sglang_ext.llm42.observability import log_writer
 
     _wrap(scheduler_hooks, "canonical_attention_factory", _attention_factory)
     _wrap(scheduler_hooks, "forward_batch_generation", _forward_batch_generation)
@@ -54,6 +59,7 @@ def register() -> None:
     _wrap(sampling, "_sample", _sample)
     _wrap(experts, "invariant_experts", _invariant_experts)
     _wrap(collectives, "_order_matters", _order_matters)
+    _wrap(log_writer.LogWriter, "__init__", _log_writer)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -96,6 +102,11 @@ def _release_overallocated(
 ) -> None:
     if req.llm42 is None or not active(Mode.LEAK_CANDIDATES):
         original(stock, req, *args)
+
+
+def _log_writer(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    small = {"capacity": SMALL_QUEUE} if active(Mode.SMALL_LOG_QUEUE) else {}
+    original(*args, **kwargs, **small)
 
 
 def _attach(original: Callable[..., None], req: Any, weights_generation: int) -> None:
