@@ -21,8 +21,10 @@ import random
 import shlex
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -43,7 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 #: Room for a crowd of 17 with the longest prompts, and for what they leave in the prefix cache.
-SERVER_FLAGS = ("--max-total-tokens", "40000", "--mem-fraction-static", "0.3")
+SERVER_FLAGS = ("--max-total-tokens", "40000", "--mem-fraction-static", "0.4")
 
 #: Every n-th prompt is also run unmarked and greedy: alone, and as a neighbour in crowds.
 STOCK_STRIDE = 4
@@ -75,13 +77,14 @@ class Condition:
     stride: int = 1
 
 
-#: The first is the reference that the others are compared with.
+#: The first is the reference that the others are compared with. Every prompt meets every size of crowd, both
+#: states of the cache and a restart, though not every combination of these.
 CONDITIONS: tuple[Condition, ...] = (
     Condition("alone", "alone, cold cache (the reference)", 1, 1),
     Condition("alone-warm", "alone, warm cache", 1, 1, warm=True, stride=8),
     Condition("crowd-3", "crowd of 3, cold cache", 3, 2),
-    Condition("crowd-8", "crowd of 8, cold cache", 8, 6),
-    Condition("crowd-17", "crowd of 17, cold cache", 17, 13),
+    Condition("crowd-8", "crowd of 8, cold cache", 8, 6, stride=4),
+    Condition("crowd-17", "crowd of 17, cold cache", 17, 13, stride=4),
     Condition("crowd-17-warm", "crowd of 17, warm cache", 17, 13, warm=True),
     Condition("restart-alone", "after a restart, alone, cold cache", 1, 1, restart=True, stride=8),
     Condition("restart-crowd-8", "after a restart, crowd of 8, cold cache", 8, 6, restart=True),
@@ -322,7 +325,8 @@ class Runner:
 class Progress:
     """One line with what is done, mismatches, and the time left as far as it can be told."""
 
-    def __init__(self, crowds: Iterable[Crowd]) -> None:
+    def __init__(self, crowds: Iterable[Crowd], servers: int) -> None:
+        self.servers = servers
         self._left = sum(map(self.cost, crowds))
         self._done = 0.0
         self._seconds = 0.0
@@ -333,7 +337,7 @@ class Progress:
         return 1 + 0.2 * (crowd.condition.crowd - 1)
 
     def advance(self, crowd: Crowd, seconds: float, mismatches: int) -> None:
-        """A crowd was finished in so many seconds; starts of servers are not among them."""
+        """A crowd was finished in so many seconds of all servers; starts of servers are not among them."""
         self._left -= self.cost(crowd)
         self._done += self.cost(crowd)
         self._seconds += seconds
@@ -347,34 +351,87 @@ def _duration(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+class Work:
+    """Runs crowds on several servers at once, each server taking the next crowd when it is free.
+
+    Args:
+        runner: sends the crowds.
+        state: gets the results.
+        progress: is told of each.
+    """
+
+    def __init__(self, runner: Runner, state: State, progress: Progress) -> None:
+        self._runner = runner
+        self._state = state
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def run(self, crowds: Iterable[Crowd], servers: Mapping[int, Server]) -> None:
+        """Run all ``crowds``.
+
+        Raises:
+            ServingError: see :class:`Runner`; what the other servers are doing is finished first.
+        """
+        left = deque(crowds)
+        with ThreadPoolExecutor(len(servers)) as pool:
+            futures = [pool.submit(self._serve, left, number, server) for number, server in servers.items()]
+            try:
+                for future in futures:
+                    future.result()
+            finally:
+                left.clear()
+
+    def _serve(self, left: deque[Crowd], number: int, server: Server) -> None:
+        while left:
+            try:
+                crowd = left.popleft()
+            except IndexError:
+                return  # another server was faster
+            start = time.monotonic()
+            try:
+                row = self._runner.run(server, number, crowd)
+            except BaseException:
+                left.clear()
+                raise
+            with self._lock:
+                self._state.add(row)
+                found = len(mismatches(self._state))
+                self._progress.advance(crowd, (time.monotonic() - start) / self._progress.servers, found)
+
+
 def run_all(
-    plans: Sequence[tuple[Condition, list[Crowd]]], runner: Runner, state: State, flags: Sequence[str]
+    plans: Sequence[tuple[Condition, list[Crowd]]],
+    runner: Runner,
+    state: State,
+    flags: Sequence[str],
+    servers: int,
 ) -> None:
-    """Run each condition after the other, on as few servers as that takes.
+    """Run each condition after the other, starting servers as seldom as that allows.
 
     Args:
         plans: crowds of every condition that are still to be run, in the order of the conditions.
         runner: sends them.
         state: gets the results.
-        flags: flags of the server.
+        flags: flags of the servers.
+        servers: how many share the crowds of a condition.
 
     Raises:
         ServingError: see :class:`Runner`.
     """
-    progress = Progress(crowd for _, crowds in plans for crowd in crowds)
+    progress = Progress((crowd for _, crowds in plans for crowd in crowds), servers)
+    work = Work(runner, state, progress)
     with ExitStack() as stack:
-        current: Server | None = None
-        number, restarted = state.servers, False
+        current: dict[int, Server] = {}
+        started, restarted = state.servers, False
         for condition, crowds in plans:
-            if current is None or (condition.restart and not restarted):
-                number += current is not None
+            if not current or (condition.restart and not restarted):
                 stack.close()
-                current = stack.enter_context(serving.server(flags))
+                current = {}
+                for number in range(started, started + servers):
+                    current[number] = stack.enter_context(serving.server(flags, f"server-{number}"))
+                started += servers
                 restarted = condition.restart
-            for crowd in crowds:
-                start = time.monotonic()
-                state.add(runner.run(current, number, crowd))
-                progress.advance(crowd, time.monotonic() - start, len(mismatches(state)))
+            work.run(crowds, current)
 
 
 # Comparing
@@ -573,6 +630,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help=f"loads to run, the first always among them (default: all; {', '.join(names)})",
     )
+    parser.add_argument(
+        "--servers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="servers that share the work (default: 1); on a CPU give each its cores by OMP_NUM_THREADS",
+    )
     parser.add_argument("--state", type=Path, default=STATE, help=f"results so far (default: {STATE})")
     parser.add_argument("--report", type=Path, default=REPORT, help=f"the report (default: {REPORT})")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there")
@@ -636,6 +700,9 @@ def main() -> int:
     if not 1 <= arguments.prompts <= len(prompts):
         say(f"error: --prompts must be 1 to {len(prompts)}, not {arguments.prompts}")
         return 2
+    if arguments.servers < 1:
+        say(f"error: --servers must be at least 1, not {arguments.servers}")
+        return 2
     chosen = [c for c in CONDITIONS if c == REFERENCE or c.name in arguments.conditions]
     plans = [(c, plan(c, arguments.prompts, arguments.modes, state)) for c in chosen]
     status = 0
@@ -646,6 +713,7 @@ def main() -> int:
                 Runner(prompts, arguments.max_new_tokens),
                 state,
                 flags,
+                arguments.servers,
             )
     except (ServingError, requests.RequestException) as error:
         say(f"error: {error}")
