@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from determinism_matrix import CONDITIONS, REFERENCE, Condition, Crowd, State, S
 from serving import Output
 
 MODES = list(matrix.MODES)
-CROWD_8 = next(c for c in CONDITIONS if c.name == "crowd-8")
+CROWD_8 = next(c for c in CONDITIONS if c.name == "restart-crowd-8")
 CONFIGURATION: dict[str, Any] = {
     "model": "smollm2",
     "flags": ["--enable-llm42"],
@@ -98,7 +100,7 @@ def test_a_mismatch_is_found_under_the_condition_and_prompt_where_it_is() -> Non
             state.add(_marked(REFERENCE, Subject(prompt, mode), _output()))
             wrong = (prompt, mode) == (1, "sampled")
             state.add(_marked(CROWD_8, Subject(prompt, mode), _output(ids=(1, 9) if wrong else (1, 2, 3))))
-    assert matrix.mismatches(state) == [matrix.Mismatch("crowd-8", Subject(1, "sampled"), ("tokens",), 1)]
+    assert matrix.mismatches(state) == [matrix.Mismatch(CROWD_8.name, Subject(1, "sampled"), ("tokens",), 1)]
 
 
 def test_stock_outputs_are_no_mismatches_but_counted() -> None:
@@ -136,6 +138,13 @@ def test_neighbours_are_stock_prompts_and_top_p(name: str) -> None:
     assert sum(crowd.fillers for crowd in crowds) > 0
 
 
+def test_every_prompt_meets_every_level() -> None:
+    everywhere = [c for c in CONDITIONS if c.stride == 1]
+    assert {c.crowd for c in everywhere} == {1, 3, 8, 17}
+    assert {c.warm for c in everywhere} == {True, False}
+    assert {c.restart for c in everywhere} == {True, False}
+
+
 def test_stock_prompts_run_alone_once() -> None:
     state = State(CONFIGURATION)
     crowds = matrix.plan(REFERENCE, 64, MODES, state)
@@ -165,6 +174,45 @@ def test_more_prompts_later_keep_what_is_there() -> None:
         assert matrix.plan(condition, 8, MODES, state) == []
     more = [s for crowd in matrix.plan(CROWD_8, 16, MODES, state) for s in crowd.checked]
     assert {subject.prompt for subject in more} == set(range(8, 16))
+
+
+# Running on several servers
+
+
+class _Runner:
+    """Runs crowds without a server; fails at the one that ``fails_at`` counts to."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.fails_at = fails_at
+        self.seen: list[tuple[int, Crowd]] = []
+        self._lock = threading.Lock()
+
+    def run(self, server: object, number: int, crowd: Crowd) -> dict[str, Any]:
+        with self._lock:
+            self.seen.append((number, crowd))
+            if len(self.seen) == self.fails_at:
+                raise serving.ServingError("no")
+        time.sleep(0.001)
+        rows = [matrix.output_row(s, True, _output()) for s in crowd.checked]
+        return _line(crowd.condition, rows, number)
+
+
+def test_servers_share_the_crowds() -> None:
+    state, runner = State(CONFIGURATION), _Runner()
+    crowds = matrix.plan(CROWD_8, 64, MODES, state)
+    work = matrix.Work(runner, state, matrix.Progress(crowds, 2))
+    work.run(crowds, {3: None, 4: None})
+    assert {number for number, _ in runner.seen} == {3, 4}
+    assert len(runner.seen) == len(crowds) and matrix.plan(CROWD_8, 64, MODES, state) == []
+
+
+def test_a_failing_crowd_ends_the_work_and_loses_nothing_else() -> None:
+    state, runner = State(CONFIGURATION), _Runner(fails_at=4)
+    crowds = matrix.plan(CROWD_8, 64, MODES, state)
+    with pytest.raises(serving.ServingError):
+        matrix.Work(runner, state, matrix.Progress(crowds, 2)).run(crowds, {0: None, 1: None})
+    assert len(runner.seen) < len(crowds)
+    assert len(state.crowds) == len(runner.seen) - 1
 
 
 # Resuming
@@ -249,7 +297,7 @@ def test_report_shows_mismatches_and_work() -> None:
     assert "Of 1 stock outputs compared in the same way, 1 differ." in text
     assert _row(text, "Deterministic", CROWD_8) == ["1", "1", "1", "0", "5"]
     assert _row(text, "Stock", CROWD_8) == ["1", "1", "2"]
-    assert "| crowd-8 | 3 | greedy | tokens, text | 1 |" in text
+    assert "| restart-crowd-8 | 3 | greedy | tokens, text | 1 |" in text
     # Two crowds of 2 s with 3 tokens of output and 11 of fillers each.
     work = ["1 of 1", "1", "2", "90.0 %", "40", "30", "14", "7.0", "0:04"]
     assert _row(text, "Decode", CROWD_8) == work
