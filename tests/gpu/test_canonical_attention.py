@@ -12,6 +12,16 @@ pytestmark = pytest.mark.gpu
 
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, LENGTH = 32, 8, 128, 6000, 1600
 
+LAYER = types.SimpleNamespace(
+    is_cross_attention=False,
+    sliding_window_size=-1,
+    logit_cap=0.0,
+    layer_id=0,
+    tp_q_head_num=HEADS,
+    head_dim=HEAD_DIM,
+    scaling=HEAD_DIM**-0.5,
+)
+
 
 class _Pool:
     """The little of SGLang's KV pool that the backend uses."""
@@ -46,15 +56,6 @@ def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) ->
     """Rows compared, and rows whose bits changed, over ``passes`` random cuts of the same sequences."""
     segments, rows = backend.segments, backend.rows
     generator = torch.Generator().manual_seed(seed)
-    layer = types.SimpleNamespace(
-        is_cross_attention=False,
-        sliding_window_size=-1,
-        logit_cap=0.0,
-        layer_id=0,
-        tp_q_head_num=HEADS,
-        head_dim=HEAD_DIM,
-        scaling=HEAD_DIM**-0.5,
-    )
     seen: dict[tuple[int, int], torch.Tensor] = {}
     compared = different = 0
     for number in range(passes):
@@ -74,7 +75,7 @@ def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) ->
             [queries[pool, start : start + rows] for pool, start in zip(pools, starts, strict=True)]
         )
         backend.init_forward_metadata(batch)
-        output = backend.forward_extend(q.flatten(1), None, None, layer, batch).view(segments, rows, -1)
+        output = backend.forward_extend(q.flatten(1), None, None, LAYER, batch).view(segments, rows, -1)
         for g, (pool, start) in enumerate(zip(pools, starts, strict=True)):
             for row in range(rows):
                 first = seen.setdefault((pool, start + row), output[g, row].clone())
@@ -109,19 +110,10 @@ def test_nan_behind_the_used_rows_reaches_nobody(monkeypatch: pytest.MonkeyPatch
         req_pool_indices=torch.zeros(segments, dtype=torch.int64, device="cuda"),
         out_cache_loc=own.repeat(segments),
     )
-    layer = types.SimpleNamespace(
-        is_cross_attention=False,
-        sliding_window_size=-1,
-        logit_cap=0.0,
-        layer_id=0,
-        tp_q_head_num=HEADS,
-        head_dim=HEAD_DIM,
-        scaling=HEAD_DIM**-0.5,
-    )
 
     def used_rows() -> torch.Tensor:
         backend.init_forward_metadata(batch)
-        return backend.forward_extend(q, None, None, layer, batch).view(segments, rows, -1)[:, :used].clone()
+        return backend.forward_extend(q, None, None, LAYER, batch).view(segments, rows, -1)[:, :used].clone()
 
     whole = used_rows()
     for buffer in backend.token_to_kv_pool.buffers:
