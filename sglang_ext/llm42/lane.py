@@ -218,8 +218,8 @@ class LanePolicy:
         # A stream that waits for whole windows comes in bursts; shorter windows would cost more passes.
         self._stream_window = max(1, config.window_size // 2)
 
-    def holds_decode(self, requests: Iterable[LaneRequest]) -> bool:
-        """Whether the next step should only run a pass, by rule 5; call it once for a step that could decode.
+    def decide_hold(self, requests: Iterable[LaneRequest]) -> bool:
+        """Decide whether a step only runs a pass, by rule 5; to be called once for each step.
 
         Args:
             requests: all requests of a batch in which nobody else decodes.

@@ -167,16 +167,16 @@ class Runtime:
         while self._launched:
             self._apply(self._launched.popleft())
         step = DecodeStep(list(reqs), [0] * len(reqs), [], [], {})
-        hold = self._holds_decode(reqs)
+        hold = self._decide_hold(reqs)
         for row, req in enumerate(reqs):
             self._place(step, row, req, hold)
         return step
 
-    def _holds_decode(self, reqs: Sequence[Req]) -> bool:
+    def _decide_hold(self, reqs: Sequence[Req]) -> bool:
         """Whether this step should only run a pass; never if an unmarked request waits for its next token."""
         lanes = [lane for req in reqs if not req.finished() and (lane := self._lane(req)) is not None]
         unmarked = any(deterministic.of(req) is None for req in reqs)
-        return not unmarked and self.policy.holds_decode(lanes)
+        return not unmarked and self.policy.decide_hold(lanes)
 
     def _place(self, step: DecodeStep, row: int, req: Req, hold: bool) -> None:
         state = deterministic.of(req)

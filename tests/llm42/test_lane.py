@@ -178,10 +178,10 @@ def test_room_in_a_pass_goes_to_doubtful_candidates_first() -> None:
 def test_passes_follow_each_other_while_most_requests_wait_for_their_prompt() -> None:
     policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=2, max_wait_steps=2))
     waiting = [LaneRequest(known_end=50, max_end=90, canonical_end=0) for _ in range(2)]
-    assert not policy.holds_decode(waiting), "there is no decode step to leave out"
-    held = [policy.holds_decode([*waiting, decoding(1)]) for _ in range(6)]
+    assert not policy.decide_hold(waiting), "there is no decode step to leave out"
+    held = [policy.decide_hold([*waiting, decoding(1)]) for _ in range(6)]
     assert held == [True, True, False, True, True, False]
-    assert not policy.holds_decode([*waiting, decoding(1), decoding(1)])
+    assert not policy.decide_hold([*waiting, decoding(1), decoding(1)])
 
 
 def test_stream_is_due_at_half_a_window() -> None:
