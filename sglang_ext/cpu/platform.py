@@ -70,8 +70,8 @@ def without_device_communicators(
 def zero_expert_weights(result: None, method: Any, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     """After ``UnquantizedFusedMoEMethod.create_weights``: zeros instead of memory as it was found.
 
-    On a CPU SGLang rounds the width of experts per tensor-parallel rank up to a multiple of 32, but zeroes what
-    no weight is loaded into only where its AMX engine runs.
+    On a CPU SGLang rounds the width of experts per rank up to a multiple of 32. Only where its AMX engine
+    runs does it zero what no weight is loaded into.
     """
     for name in ("w13_weight", "w2_weight"):
         getattr(layer, name).data.zero_()
