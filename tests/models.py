@@ -70,7 +70,7 @@ def write_tiny_experts(
     kv_heads: int = 2,
     experts: int = 8,
     experts_per_token: int = 2,
-    expert_intermediate: int = 96,
+    expert_intermediate: int = 128,
     vocab: int = 512,
     seed: int = 0,
 ) -> Path:

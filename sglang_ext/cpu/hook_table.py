@@ -35,6 +35,12 @@ HOOKS: tuple[Hook, ...] = (
         "pynccl, custom and symmetric-memory all-reduce need a device; gloo stays",
     ),
     _row(
+        "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_weights",
+        Kind.AFTER,
+        "platform:zero_expert_weights",
+        "experts padded to a multiple of 32 compute with uninitialised memory",
+    ),
+    _row(
         "torch.Tensor.record_stream",
         Kind.AROUND,
         "platform:record_stream",

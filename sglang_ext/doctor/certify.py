@@ -47,7 +47,8 @@ def certify_quickly(canonical_pass: CanonicalPass) -> Certificate:
         The certificate, passed; its fingerprint is the same on all ranks.
 
     Raises:
-        CertificationError: a row's bits depend on where it stands; the message names the operator.
+        CertificationError: a row's bits depend on where it stands, the message names the operator; or the
+            logits are NaN.
         RankMismatch: the ranks computed different logits.
     """
     certificate = certify(canonical_pass, quick=True)
@@ -73,7 +74,7 @@ def certify(canonical_pass: CanonicalPass, quick: bool = False) -> Certificate:
     Every tensor-parallel rank must call it, before traffic: it borrows from the memory pools.
 
     Raises:
-        CertificationError: the memory pools are too small for any probe.
+        CertificationError: the memory pools are too small for any probe, or the logits are NaN.
         RankMismatch: the ranks computed different logits.
     """
     started = time.perf_counter()
@@ -213,8 +214,17 @@ class _Bench:
             self.passes += 1
 
     def _keep_probe(self, placements: Pass, logits: torch.Tensor, digests: torch.Tensor) -> None:
-        """Keep what the fingerprint and the sampler's checks need of the first pass."""
+        """Keep what the fingerprint and the sampler's checks need of the first pass.
+
+        Raises:
+            CertificationError: the logits are NaN, which would count as equal bits everywhere.
+        """
         count = sum(placement.rows for placement in placements)
+        if bool(logits[:count].isnan().any()):
+            raise CertificationError(
+                "--enable-llm42 does not work with this model and configuration: canonical logits are not "
+                "numbers (NaN), so nothing can be said about row invariance."
+            )
         self.fingerprint_rows = digests[:count].clone()
         self.sampled_logits = logits[: min(count, SAMPLED_ROWS)].clone()
 

@@ -15,7 +15,7 @@ from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.runtime_context import get_context
 
-from sglang_ext.cpu import experts
+from sglang_ext.cpu import experts, platform
 from sglang_ext.llm42.canonical_scope import canonical_scope
 
 #: SGLang's function, also where our hook is in place in this process.
@@ -149,3 +149,10 @@ def test_in_canonical_passes_only() -> None:
         inside = experts.moe_forward(original, *arguments)
     assert torch.equal(inside, invariant(*arguments))
     assert all(rows % experts.BLOCK == 0 for rows in calls[1:]) and len(calls) > 1
+
+
+def test_padding_of_expert_weights_is_zero() -> None:
+    layer = layer_of(4, torch.bfloat16)
+    layer.w13_weight[:, 5] = float("nan")
+    platform.zero_expert_weights(None, object(), layer=layer, num_experts=4)
+    assert not layer.w13_weight.any() and not layer.w2_weight.any()

@@ -221,6 +221,17 @@ def test_leak_of_nan_is_found(runner: Any, canonical_pass: Any, monkeypatch: pyt
     assert report.first.perturbation == "KV poisoned with NaN"
 
 
+def test_logits_that_are_no_numbers_are_refused(
+    runner: Any, canonical_pass: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have equal bits wherever they stand."""
+    patched(monkeypatch, runner.model.model.norm, lambda out: (out[0] * float("nan"), out[1]))
+    before = pools(runner)
+    with pytest.raises(CertificationError, match="NaN"):
+        certify_quickly(canonical_pass)
+    assert same(before, pools(runner))
+
+
 def test_log_softmax_over_the_batch_is_found(canonical_pass: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = sampling.log_softmax
     monkeypatch.setattr(sampling, "log_softmax", lambda logits: original(logits) + logits.float().mean())
