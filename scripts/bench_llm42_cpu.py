@@ -96,8 +96,17 @@ def _every_other(index: int) -> bool:
     return index % 2 == 0
 
 
+def _every_tenth(index: int) -> bool:
+    return index % 10 == 0
+
+
 STOCK = Contender("without --enable-llm42", "stock", False, _none)
 UNMARKED = Contender("with --enable-llm42", "llm42", True, _none)
+ONE_AT_A_TIME = Contender(
+    "one at a time, stock", "one-at-a-time", False, _none, ("--max-running-requests", "1")
+)
+ALL_MARKED = Contender("all marked", "llm42", True, _all)
+EVERY_OTHER_MARKED = Contender("every other marked", "llm42", True, _every_other)
 
 COMPARISONS = (
     Comparison("unmarked", "No request is marked", AMPLE_KV, (STOCK, UNMARKED), 0.97, 9),
@@ -106,12 +115,23 @@ COMPARISONS = (
         "marked",
         "All requests are marked, against one request at a time",
         AMPLE_KV,
-        (
-            Contender("one at a time, stock", "stock", False, _none, ("--max-running-requests", "1")),
-            Contender("all marked", "llm42", True, _all),
-            Contender("every other marked", "llm42", True, _every_other),
-        ),
+        (ONE_AT_A_TIME, ALL_MARKED, EVERY_OTHER_MARKED),
         2.0,
+        3,
+    ),
+    Comparison(
+        "shares",
+        "A growing share of the requests is marked",
+        AMPLE_KV,
+        (
+            STOCK,
+            UNMARKED,
+            Contender("every tenth marked", "llm42", True, _every_tenth),
+            EVERY_OTHER_MARKED,
+            ALL_MARKED,
+            ONE_AT_A_TIME,
+        ),
+        0.97,
         3,
     ),
 )
@@ -279,6 +299,7 @@ def comparison_section(comparison: Comparison, rounds: Sequence[Round], flags: S
             "unmarked rows",
             "canonical passes",
             "padded rows of these",
+            "decoded again after a rollback",
         )
         parts.append(serving.table(header, work))
     return "\n\n".join(parts)
@@ -299,6 +320,7 @@ def _work_row(contender: Contender, rounds: Sequence[Round]) -> list[object]:
         counters["decode_other_rows"],
         counters["verify_forward_passes"],
         serving.share(counters["padded_rows"], verified),
+        serving.share(counters["tokens_rolled_back"], counters["decode_deterministic_rows"]),
     ]
 
 

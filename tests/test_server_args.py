@@ -355,3 +355,10 @@ def test_tokenweave_flags_reach_its_configuration() -> None:
     arguments = parser.parse_args(["--model-path", DUMMY, *given])
     config = TokenWeaveConfig.from_server_args(ServerArgs.from_cli_args(arguments))
     assert config == TokenWeaveConfig(enabled=True, split="equal", reserve=False)
+
+
+def test_tokenweave_takes_the_place_of_flashinfers_fusion() -> None:
+    assert ServerArgs(model_path=DUMMY, enable_tokenweave=True).enforce_disable_flashinfer_allreduce_fusion
+    assert not ServerArgs(model_path=DUMMY).enforce_disable_flashinfer_allreduce_fusion
+    with pytest.raises(ValueError, match="--flashinfer-allreduce-fusion-backend"):
+        ServerArgs(model_path=DUMMY, enable_tokenweave=True, flashinfer_allreduce_fusion_backend="auto")

@@ -57,11 +57,9 @@ class CanonicalFlashInferBackend(AttentionBackend):
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan the pass: all lengths are known on the host, so nothing is synchronised."""
-        lengths = [start + self.rows for start in forward_batch.extend_prefix_lens_cpu]
-        indptr = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        table = self.req_to_token_pool.req_to_token
-        pools = forward_batch.req_pool_indices
-        slots = torch.cat([table[pools[g], :length] for g, length in enumerate(lengths)])
+        starts = forward_batch.extend_prefix_lens_cpu
+        indptr = torch.tensor([0, *(start + self.rows for start in starts)]).cumsum(0).to(torch.int32)
+        slots = torch.cat(self._slots(forward_batch, starts))
         self._wrapper.plan(
             self._qo_indptr,
             indptr,
@@ -76,6 +74,19 @@ class CanonicalFlashInferBackend(AttentionBackend):
             kv_data_type=self._dtype,
             disable_split_kv=True,
         )
+
+    def _slots(self, forward_batch: Any, starts: list[int]) -> list[torch.Tensor]:
+        """KV slots of each segment in turn: those of its prefix, then those that its own rows write.
+
+        Padded rows write to slot 0, and no slot behind the used rows is read. The kernel multiplies masked
+        values by zero, so a NaN that another request left in such a slot would reach every row.
+        """
+        table = self.req_to_token_pool.req_to_token
+        own = forward_batch.out_cache_loc.view(self.segments, self.rows).to(table.dtype)
+        parts: list[torch.Tensor] = []
+        for segment, start in enumerate(starts):
+            parts += [table[forward_batch.req_pool_indices[segment], :start], own[segment]]
+        return parts
 
     def forward_extend(
         self,

@@ -78,9 +78,9 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _row(
         f"{_RESULTS}._normalize_decode_outputs",
-        Kind.AFTER,
+        Kind.AROUND,
         "decode_outputs",
-        "a marked row yields committed tokens, none or several",
+        "a marked row yields committed tokens, none or several; SGLang issue 34719",
     ),
     _row(
         f"{_RESULTS}._handle_finish_state_updated_req",

@@ -197,22 +197,40 @@ class LanePolicy:
     The rule, in order:
 
     1. A request is *due* when W candidates wait (half as many if its client reads along), when its
-       candidates reach the length limit, when one of them is doubtful, or when it is urgent. A prompt is due
-       from its admission.
+       candidates reach the length limit, or when it is urgent. A prompt is due from its admission.
     2. A pass runs when due segments fill it, when the oldest has waited ``max_wait_steps``, when a prompt
        waits, or when nothing could decode meanwhile.
     3. Half of the segments are kept for prompts and half for verification as long as both wait; within each
        kind the oldest is served first. What stays free is filled with the other kind.
-    4. Segments still free verify requests that are not due yet, the one with most candidates first: the
-       pass costs the same with or without them, and a divergence found early wastes less.
+    4. Segments still free verify requests that are not due yet, those with a doubtful candidate first, then
+       those with most candidates: the pass costs the same with or without them, and a divergence found early
+       wastes less. (To let doubt make a request due costs more in passes than it saves in decoding.)
+    5. While more requests wait for their prompt than could decode, up to ``max_wait_steps`` passes follow
+       each other without a decode step, as SGLang's own prefill batches do.
     """
 
     def __init__(self, config: LaneConfig) -> None:
         self.config = config
         # Who gets the larger half of an odd number of segments; it alternates, or G = 1 would starve one.
         self._prompts_round_up = True
+        # Decode steps that were left out in a row.
+        self._held = 0
         # A stream that waits for whole windows comes in bursts; shorter windows would cost more passes.
         self._stream_window = max(1, config.window_size // 2)
+
+    def holds_decode(self, requests: Iterable[LaneRequest]) -> bool:
+        """Whether the next step should only run a pass, by rule 5; call it once for a step that could decode.
+
+        Args:
+            requests: all requests of a batch in which nobody else decodes.
+        """
+        waiting = decoding = 0
+        for request in requests:
+            waiting += not request.decoding
+            decoding += request.can_decode(self.config.capacity)
+        hold = waiting > decoding > 0 and self._held < self.config.max_wait_steps
+        self._held = self._held + 1 if hold else 0
+        return hold
 
     def update_due(self, requests: Iterable[LaneRequest], step: int) -> None:
         """Note from which ``step`` on each request is due."""
@@ -244,7 +262,7 @@ class LanePolicy:
         segments = self._take_prompts(sorted(prompts, key=_due_order), prompt_budget)
         early = sorted(
             (r for r in requests if self._verifiable(r) and not self._verify_due(r)),
-            key=lambda r: -r.pending,
+            key=lambda r: (not r.doubtful, -r.pending),
         )
         for request in (*due, *early)[: budget - len(segments)]:
             segments.append(self._verify_segment(request))
@@ -272,7 +290,7 @@ class LanePolicy:
         if not self._verifiable(request):
             return False
         enough = self._stream_window if request.streamed else self.config.window_size
-        return request.pending >= enough or request.length_reached or request.doubtful or request.urgent
+        return request.pending >= enough or request.length_reached or request.urgent
 
     def _prompt_segments(self, request: LaneRequest) -> int:
         return -(-(request.known_end - request.planned_end) // self.config.window_size)

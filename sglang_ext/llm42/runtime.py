@@ -151,7 +151,7 @@ class Runtime:
     def note_candidate(self, req: Req, position: int, ends: bool, narrow: bool) -> None:
         """The host has seen the candidate of ``req`` at ``position``.
 
-        One that may end the output is verified soon; one that won narrowly makes the request due.
+        One that may end the output is verified soon; one that won narrowly is first where there is room.
         """
         lane = self._lane(req)
         if lane is None or not lane.pending or lane.being_judged(position):
@@ -167,11 +167,18 @@ class Runtime:
         while self._launched:
             self._apply(self._launched.popleft())
         step = DecodeStep(list(reqs), [0] * len(reqs), [], [], {})
+        hold = self._holds_decode(reqs)
         for row, req in enumerate(reqs):
-            self._place(step, row, req)
+            self._place(step, row, req, hold)
         return step
 
-    def _place(self, step: DecodeStep, row: int, req: Req) -> None:
+    def _holds_decode(self, reqs: Sequence[Req]) -> bool:
+        """Whether this step should only run a pass; never if an unmarked request waits for its next token."""
+        lanes = [lane for req in reqs if not req.finished() and (lane := self._lane(req)) is not None]
+        unmarked = any(deterministic.of(req) is None for req in reqs)
+        return not unmarked and self.policy.holds_decode(lanes)
+
+    def _place(self, step: DecodeStep, row: int, req: Req, hold: bool) -> None:
         state = deterministic.of(req)
         if state is None:
             step.positions[row] = req.kv_committed_len
@@ -180,7 +187,7 @@ class Runtime:
             step.verdicts[row] = list(state.verdicts)
             state.verdicts.clear()
         lane = state.lane
-        if lane is None or req.finished() or not lane.can_decode(self.capacity):
+        if lane is None or hold or req.finished() or not lane.can_decode(self.capacity):
             step.idle.append(row)
             return
         step.positions[row] = lane.decode_position

@@ -250,13 +250,14 @@ def process_prefill_result(
 
 
 def decode_outputs(
-    output: tuple[list[list[int]], Any], processor: Any, *, batch: ScheduleBatch, result: Any, **kwargs: Any
-) -> tuple[list[list[int]], Any] | None:
-    """After ``_normalize_decode_outputs``: a marked row yields what is committed, not what was drafted."""
+    original: Callable[..., Any], processor: Any, *, batch: ScheduleBatch, result: Any, **kwargs: Any
+) -> tuple[list[list[int]], Any]:
+    """Around ``_normalize_decode_outputs``: a marked row yields what is committed, not what was drafted."""
+    _fill_token_ids_logprobs(kwargs["logits_output"])
+    token_ids, token_logprobs = original(processor, batch=batch, result=result, **kwargs)
     step: DecodeStep | None = getattr(result, "llm42", None)
     if step is None:
-        return None
-    token_ids, token_logprobs = output
+        return token_ids, token_logprobs
     narrow = dict(zip(step.drafted, [] if step.narrow is None else step.narrow.tolist(), strict=True))
     committed = 0
     for row, req in enumerate(batch.reqs):
@@ -273,6 +274,19 @@ def decode_outputs(
     processor.metrics_reporter.num_generated_tokens += committed
     observer().step_done()
     return token_ids, token_logprobs
+
+
+def _fill_token_ids_logprobs(logits_output: Any) -> None:
+    """Put an empty tensor where a request of the batch did not ask for log-probabilities of chosen tokens.
+
+    SGLang leaves a list there and then takes it for a tensor, which ends the scheduler (its issue 34719); a
+    batch that mixes such requests is nothing unusual.
+    """
+    values = getattr(logits_output, "next_token_token_ids_logprobs_val", None)
+    if values:
+        logits_output.next_token_token_ids_logprobs_val = [
+            value if torch.is_tensor(value) else torch.tensor(value) for value in values
+        ]
 
 
 def _may_end(req: Req, token: int) -> bool:

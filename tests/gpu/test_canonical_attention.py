@@ -62,8 +62,13 @@ def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) ->
         longest = LENGTH if number % 3 else 200
         starts = torch.randint(0, longest, (segments,), generator=generator).tolist()
         pools = torch.randint(0, len(queries), (segments,), generator=generator).tolist()
+        table = backend.req_to_token_pool.req_to_token
         batch = types.SimpleNamespace(
-            extend_prefix_lens_cpu=starts, req_pool_indices=torch.tensor(pools, device="cuda")
+            extend_prefix_lens_cpu=starts,
+            req_pool_indices=torch.tensor(pools, device="cuda"),
+            out_cache_loc=torch.cat(
+                [table[pool, start : start + rows] for pool, start in zip(pools, starts, strict=True)]
+            ),
         )
         q = torch.cat(
             [queries[pool, start : start + rows] for pool, start in zip(pools, starts, strict=True)]
@@ -89,3 +94,36 @@ def test_rows_keep_their_bits_however_segments_are_cut(
     compared, different = _differences(backend, queries, passes=60, seed=1)
     assert compared > 1000
     assert different == 0
+
+
+def test_nan_behind_the_used_rows_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rows, segments, used, start = 16, 8, 5, 100
+    table = torch.stack([torch.randperm(SLOTS - 1, device="cuda") + 1])
+    backend = _backend(monkeypatch, segments, rows, "fa3", table)
+    q = torch.randn(segments * rows, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    own = table[0, start : start + rows].clone()
+    own[used:] = 0
+    batch = types.SimpleNamespace(
+        extend_prefix_lens_cpu=[start] * segments,
+        req_pool_indices=torch.zeros(segments, dtype=torch.int64, device="cuda"),
+        out_cache_loc=own.repeat(segments),
+    )
+    layer = types.SimpleNamespace(
+        is_cross_attention=False,
+        sliding_window_size=-1,
+        logit_cap=0.0,
+        layer_id=0,
+        tp_q_head_num=HEADS,
+        head_dim=HEAD_DIM,
+        scaling=HEAD_DIM**-0.5,
+    )
+
+    def used_rows() -> torch.Tensor:
+        backend.init_forward_metadata(batch)
+        return backend.forward_extend(q, None, None, layer, batch).view(segments, rows, -1)[:, :used].clone()
+
+    whole = used_rows()
+    for buffer in backend.token_to_kv_pool.buffers:
+        buffer[table[0, start + used :]] = float("nan")
+    assert torch.equal(used_rows(), whole)

@@ -165,13 +165,23 @@ def test_urgent_request_is_verified_at_once_and_fills_up_with_others() -> None:
     assert [s.rows for s in segments] == [1, 5, 3]
 
 
-def test_doubtful_candidate_makes_due_but_does_not_hurry() -> None:
-    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=2, max_wait_steps=3))
-    request = decoding(2)
-    assert policy.plan([request], 1, can_decode=True) == []
-    request.doubtful = True
-    assert [bool(policy.plan([request], step, can_decode=True)) for step in range(2, 6)] == [0, 0, 0, 1]
-    assert not request.doubtful
+def test_room_in_a_pass_goes_to_doubtful_candidates_first() -> None:
+    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=2, max_wait_steps=0))
+    full, many, doubtful = decoding(8), decoding(7), decoding(2)
+    doubtful.doubtful = True
+    assert policy.plan([many, doubtful], 1, can_decode=True) == []
+    segments = policy.plan([many, doubtful, full], 2, can_decode=True)
+    assert [s.request for s in segments] == [full, doubtful]
+    assert not doubtful.doubtful
+
+
+def test_passes_follow_each_other_while_most_requests_wait_for_their_prompt() -> None:
+    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=2, max_wait_steps=2))
+    waiting = [LaneRequest(known_end=50, max_end=90, canonical_end=0) for _ in range(2)]
+    assert not policy.holds_decode(waiting), "there is no decode step to leave out"
+    held = [policy.holds_decode([*waiting, decoding(1)]) for _ in range(6)]
+    assert held == [True, True, False, True, True, False]
+    assert not policy.holds_decode([*waiting, decoding(1), decoding(1)])
 
 
 def test_stream_is_due_at_half_a_window() -> None:
