@@ -140,7 +140,8 @@ class Comparison:
         same_logits = seen.logits[span] == logits
         self._count(WHOLE_PASS, rows, known, known & ~same_logits, "logits")
         if events:
-            self._blame(rows, known, *(seen.operators[..., span] == operators), events, taint)
+            same_in, same_out, same_own_in = (seen.operators[..., span] == operators).unbind()
+            self._blame(rows, known, same_in, same_out, same_own_in, events, taint)
         new = ~known
         for stored, value in ((seen.logits, logits), (seen.operators, operators)):
             stored[..., span] = torch.where(new, value, stored[..., span])
