@@ -237,6 +237,7 @@ def process_prefill_result(
 ) -> None:
     """Around ``process_batch_result_prefill``: a marked request has no token yet."""
     if not allocation.any_deterministic(batch.reqs):
+        _fill_token_ids_logprobs(result.logits_output)
         original(processor, batch, result)
         return
     if result.copy_done is not None:

@@ -145,7 +145,9 @@ def _sample(
     token_ids = original(logits, rows, positions, margins)
     if active(Mode.BATCH_SAMPLER):
         return _sample_as_batch(logits, rows, positions)
-    if margins is None or not active(Mode.CORRUPT_CANDIDATES):
+    # Rollbacks alone change nothing, but cut windows differently: what torch's attention is sensitive to.
+    corrupting = active(Mode.CORRUPT_CANDIDATES) or active(Mode.TORCH_ATTENTION)
+    if margins is None or not corrupting:
         return token_ids
     wrong = torch.rand(len(token_ids), generator=_random) < CORRUPTED_SHARE
     return torch.where(wrong, (token_ids + 7) % logits.shape[1], token_ids)
