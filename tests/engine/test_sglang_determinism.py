@@ -54,7 +54,7 @@ def test_single(server: Server, cached_tokens: list[int], temperature: float) ->
 
 
 def test_prefix(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    """The program empties the cache before each batch, whose requests then begin together: there are no hits."""
+    """No hits here: the program empties the cache before each batch, whose requests then begin together."""
     args = arguments(server, "prefix", n_start=3, n_trials=2, return_logprob=True)
     assert all(unique <= 1 for unique in program.test_deterministic(args))
     assert "Logprobs are identical across all batch sizes" in capsys.readouterr().out
