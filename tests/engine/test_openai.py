@@ -1,4 +1,4 @@
-"""Deterministic requests through the OpenAI interface: streams, samples, tool calls, reasoning."""
+"""Deterministic requests through the OpenAI interface: streams, samples, batches, reasoning."""
 
 from __future__ import annotations
 
@@ -12,31 +12,13 @@ from live_server import Server, at_once, running
 from workloads import LLM42_FLAGS
 
 MARK = {"is_deterministic": True}
-MESSAGES = [
-    {"role": "user", "content": "Which city is the capital of France, and what is the weather there?"}
-]
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Weather of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "maxLength": 12},
-                "unit": {"type": "string", "enum": ["celsius", "fahrenheit"]},
-            },
-            "required": ["city", "unit"],
-        },
-    },
-}
+MESSAGES = [{"role": "user", "content": "Which city is the capital of France, and what is it known for?"}]
 
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, logs: Path) -> Iterator[Server]:
-    """The demo model with parsers of tool calls and of reasoning."""
-    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192", "--tool-call-parser", "qwen25")
-    flags += ("--reasoning-parser", "qwen3")
+    """The demo model with a parser of reasoning."""
+    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192", "--reasoning-parser", "qwen3")
     with running(Server(smollm2, logs / "openai.log", flags)) as server:
         yield server
 
@@ -82,17 +64,6 @@ def test_stream_spells_the_same_answer(server: Server, client: openai.OpenAI) ->
     chunks = list(chat(client, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == alone.message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == alone.finish_reason
-
-
-def test_required_tool_call(server: Server, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 120}
-    alone, again = chat(client, **asked).choices[0], crowded(server, client, **asked).choices[0]
-    [call] = alone.message.tool_calls
-    assert call.function.name == "get_weather"
-    assert again.message.tool_calls[0].function == call.function
-    streamed = list(chat(client, **asked, stream=True))
-    deltas = [d for c in streamed if c.choices for d in (c.choices[0].delta.tool_calls or [])]
-    assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
 
 
 def test_reasoning_is_the_same(server: Server, client: openai.OpenAI) -> None:
