@@ -93,6 +93,7 @@ def test_rotation_keeps_the_newest_lines_whole(
 
     contents = _contents(path)
     assert len(contents) <= keep + 1
+    assert all(contents), "no file is rotated before it holds a line"
     for content in contents:
         assert len(content) <= max_bytes or content.count(b"\n") == 1
     kept = b"".join(contents).splitlines(keepends=True)
@@ -148,6 +149,15 @@ def test_a_full_device_is_an_error(tmp_path: Path) -> None:
             file.append(b"line\n")
         assert error.value.errno == errno.ENOSPC
     assert link.is_symlink(), "a device is not rotated"
+
+
+def test_a_device_is_not_rotated(tmp_path: Path) -> None:
+    link = tmp_path / "log"
+    link.symlink_to("/dev/null")
+    file = RotatingFile(link, 8, 1)
+    for _ in range(3):
+        file.append(b"a line\n")
+    assert list(tmp_path.iterdir()) == [link] and link.is_symlink()
 
 
 def test_no_piece_is_left_where_a_disk_fills_up_inside_a_line(tmp_path: Path) -> None:
