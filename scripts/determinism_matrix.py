@@ -33,6 +33,7 @@ from typing import Any
 
 import requests
 import serving
+import state_file
 from serving import Output, Server, ServingError, say
 
 REPORT = Path("docs/reports/determinism-matrix.md")
@@ -105,10 +106,6 @@ class Subject:
     mode: str
 
 
-class StateError(ValueError):
-    """The state file is of another configuration, or damaged."""
-
-
 @dataclass
 class State:
     """All finished crowds, in memory and in a file of JSON lines that only grows.
@@ -132,35 +129,15 @@ class State:
             StateError: the file is of another configuration, or a line in it cannot be read.
         """
         state = cls(configuration, path)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(configuration) + "\n")
-            return state
-        text = path.read_text()
-        complete = text[: text.rfind("\n") + 1]
-        lines = complete.splitlines()
-        try:
-            found, *crowds = map(json.loads, lines)
-        except ValueError as error:
-            raise StateError(f"{path} cannot be read: {error}; remove it, or use --state") from error
-        if found != configuration:
-            changed = sorted(k for k in {*found, *configuration} if found.get(k) != configuration.get(k))
-            raise StateError(
-                f"{path} is of another configuration ({', '.join(changed)}); remove it, or use --state"
-            )
-        for crowd in crowds:
+        for crowd in state_file.read(path, configuration):
             state._index(crowd)
-        if complete != text:
-            path.write_text(complete)
         return state
 
     def add(self, crowd: dict[str, Any]) -> None:
         """Append a finished crowd to memory and file."""
         self._index(crowd)
-        if self.path is None:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps(crowd) + "\n")
+        if self.path is not None:
+            state_file.append(self.path, crowd)
 
     @property
     def servers(self) -> int:

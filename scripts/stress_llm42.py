@@ -33,6 +33,7 @@ from typing import Any
 
 import requests
 import serving
+import state_file
 import stress_catalogue as catalogue
 from serving import Server, ServingError, say
 from stress_catalogue import Answer, Model, Sample, Subject
@@ -106,10 +107,6 @@ class Settings:
         }
 
 
-class StateError(ValueError):
-    """The state file is of another configuration, or damaged."""
-
-
 @dataclass
 class State:
     """References and finished rounds, in memory and in a file of JSON lines that only grows.
@@ -135,22 +132,8 @@ class State:
             StateError: the file is of another configuration, or a line in it cannot be read.
         """
         state = cls(path, configuration)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(configuration) + "\n")
-            return state
-        text = path.read_text()
-        complete = text[: text.rfind("\n") + 1]
-        try:
-            found, *lines = map(json.loads, complete.splitlines())
-        except ValueError as error:
-            raise StateError(f"{path} cannot be read: {error}; remove it, or use --state") from error
-        if found != configuration:
-            raise StateError(f"{path} is of another configuration; remove it, or use --state")
-        for line in lines:
+        for line in state_file.read(path, configuration):
             state._index(line)
-        if complete != text:
-            path.write_text(complete)
         return state
 
     def reference(self, subject: Subject) -> Answer | None:
@@ -170,8 +153,7 @@ class State:
 
     def _append(self, line: dict[str, Any]) -> None:
         self._index(line)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        state_file.append(self.path, line)
 
     def _index(self, line: dict[str, Any]) -> None:
         if "round" in line:

@@ -12,6 +12,7 @@ from typing import Any
 import determinism_matrix as matrix
 import pytest
 import serving
+import state_file
 from determinism_matrix import CONDITIONS, REFERENCE, Condition, Crowd, State, Subject
 from serving import Output
 
@@ -245,7 +246,7 @@ def test_a_line_cut_off_by_a_crash_is_run_again(tmp_path: Path) -> None:
 def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.jsonl"
     State.open(path, CONFIGURATION)
-    with pytest.raises(matrix.StateError, match=r"max_new_tokens.*--state"):
+    with pytest.raises(state_file.StateError, match=r"max_new_tokens.*--state"):
         State.open(path, CONFIGURATION | {"max_new_tokens": 9})
 
 
@@ -253,7 +254,7 @@ def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_state_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "state.jsonl"
     path.write_text(text)
-    with pytest.raises(matrix.StateError):
+    with pytest.raises(state_file.StateError):
         State.open(path, {"a": 1})
 
 

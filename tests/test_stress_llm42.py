@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+import state_file
 import stress_catalogue as catalogue
 import stress_llm42 as stress
 import stress_traffic as traffic
@@ -259,7 +260,7 @@ def test_a_reference_is_not_that_of_another_request_of_the_same_name(tmp_path: P
 def test_a_state_file_that_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "state"
     path.write_text(text)
-    with pytest.raises(stress.StateError, match="--state"):
+    with pytest.raises(state_file.StateError, match="--state"):
         State.open(path, CONFIGURATION)
 
 

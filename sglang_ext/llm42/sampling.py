@@ -289,7 +289,7 @@ def _gumbel_of_hash(hashed: Tensor) -> Tensor:
 
 
 def _sample_batched(logits: Tensor, rows: SamplingRows, positions: Tensor, margins: Tensor | None) -> Tensor:
-    if margins is not None:
+    if margins is not None and len(rows.sampled_rows) < len(rows):
         margins.copy_(_lead(logits))
     if not rows.any_sampled:
         return _argmax_lowest(logits)
