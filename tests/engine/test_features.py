@@ -289,3 +289,53 @@ def test_flushing_the_cache_spoils_nothing(server: SabotagedServer, results: Run
     for _ in range(2):
         server.flush_cache()
         assert _together(server, results.features) == dict(results.alone)
+
+
+def test_no_log_probability_is_missing(server: SabotagedServer, results: Run) -> None:
+    """In the original those of verified tokens were lost, and comparisons of empty lists passed."""
+    asked = {"return_logprob": True, "top_logprobs_num": 2, "token_ids_logprob": [5]}
+    ends = [{}, {"stop_token_ids": [results.plain.token_ids[17]]}, {"stop_regex": "w[0-9]*7 "}]
+    with server.broken("corrupt_candidates"):
+        for end in ends:
+            request = _request(Feature(end))
+            for output in (server.generate(request, **asked), list(server.stream(request, **asked))[-1]):
+                assert len(output.token_ids) > 1
+                assert _logprob_counts(output) == [len(output.token_ids)] * 3, end
+
+
+def test_a_rolled_back_end_of_sequence_cuts_no_text(server: SabotagedServer, results: Run) -> None:
+    """In the original text was lost behind an end of sequence that verification had refused."""
+    names = ("top_p", "stop string", "fewest tokens", "output log-probabilities")
+    server.reset_statistics()
+    with server.broken("end_candidates"):
+        for name in names:
+            feature = results.features[name]
+            assert _run(server, feature) == results.alone[name], name
+            streamed = list(server.stream(_request(feature), **feature.fields))
+            assert [streamed[-1]] == results.alone[name], name
+        assert server.statistics()["rollbacks"] > len(names)
+
+
+def test_min_p_of_anybody_is_served(server: SabotagedServer, results: Run) -> None:
+    """In the original it ended the server, whoever asked for it."""
+    asked = Feature({"temperature": 1.5, "min_p": 0.05})
+    other = Request(random_prompts(1, 30, 30)[0], False, {"max_new_tokens": 20, "min_p": 0.2})
+    together = at_once([lambda: _run(server, asked), lambda: server.generate(other)], gap_s=0.0)
+    assert together[0] == results.alone["min_p"]
+    assert len(together[1].token_ids) > 0
+
+
+def test_aborts_beside_a_request_shift_none_of_its_tokens(server: SabotagedServer, results: Run) -> None:
+    """In the original a request that left while a pass was being put together misaligned the others."""
+    endless = Request(PROMPT[:30], True, {"max_new_tokens": 400, "ignore_eos": True, "temperature": 1.0})
+
+    def leave(rid: str) -> None:
+        for number, _ in enumerate(server.stream(endless, rid=rid)):
+            if number == 1:
+                server.abort(rid)
+
+    subjects = ("top_k", "bias", "JSON schema")
+    calls: list[Callable[[], Any]] = [lambda n=n: leave(f"leaves-{n}") for n in range(6)]
+    calls += [lambda name=name: _run(server, results.features[name]) for name in subjects]
+    with server.broken("corrupt_candidates"):
+        assert at_once(calls, gap_s=0.02)[6:] == [results.alone[name] for name in subjects]

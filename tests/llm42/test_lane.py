@@ -191,6 +191,14 @@ def test_stream_is_due_at_half_a_window() -> None:
     assert len(policy.plan([decoding(4, streamed=True)], 1, can_decode=True)) == 1
 
 
+def test_no_refused_token_is_kept_when_more_wait_than_a_window_holds() -> None:
+    """The original cut the list of candidates at the wrong end there."""
+    request = decoding(70)
+    request.verify_planned(64)
+    assert request.verify_done(64, matched=60) == 61
+    assert (request.base, request.pending, request.in_flight) == (1 + 61, 0, 0)
+
+
 def test_candidate_in_a_pass_under_way_is_being_judged() -> None:
     request = decoding(3)
     assert request.base == 1

@@ -605,7 +605,7 @@ def test_frontend_generations_are_marked(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(runtime_endpoint, "http_request", http_request)
     endpoint = DeterministicEndpoint("http://server", seed=7)
-    program = types.SimpleNamespace(text_="a", images_=[])
+    program = types.SimpleNamespace(text_="a", images_=[], variables={})
     params = SglSamplingParams(temperature=0.5, max_new_tokens=9)
     assert endpoint.generate(program, params) == ("b", {})  # type: ignore[arg-type]
     list(endpoint.generate_stream(program, params))  # type: ignore[arg-type]

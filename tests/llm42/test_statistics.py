@@ -73,6 +73,13 @@ def test_verdicts() -> None:
     }
 
 
+def test_a_mismatch_at_the_last_candidate_of_a_window_is_a_rollback() -> None:
+    """The original counted none, and its decoding went on from the refused token."""
+    statistics = Statistics()
+    statistics.count_verdict(Verdict((5, 6, 9), matched=2, candidates=3, ends_prefill=False))
+    assert statistics.rollbacks == 1 and statistics.tokens_rolled_back == 1
+
+
 def test_a_reset_leaves_the_totals_alone() -> None:
     statistics = Statistics()
     statistics.count_decode(3, 1)

@@ -20,8 +20,11 @@ CONTROL = "SABOTAGE_FILE"
 #: Tokens and overhead that fit into the queue of :attr:`Mode.SMALL_LOG_QUEUE`.
 SMALL_QUEUE = 500
 
-#: Share of candidates that :attr:`Mode.CORRUPT_CANDIDATES` replaces.
+#: Share of candidates that :attr:`Mode.CORRUPT_CANDIDATES` and :attr:`Mode.END_CANDIDATES` replace.
 CORRUPTED_SHARE = 0.18
+
+#: End of sequence of the random test models (``tests/models.py``).
+END_OF_SEQUENCE = 1
 
 
 class Mode(StrEnum):
@@ -34,6 +37,7 @@ class Mode(StrEnum):
     BATCH_SAMPLER = "batch_sampler"  # candidates and canonical rows are drawn by SGLang's sampler
     WHOLE_WINDOW_FINISH = "whole_window_finish"  # the tokens of a window are finish-checked as one lump
     CORRUPT_CANDIDATES = "corrupt_candidates"  # a share of the candidates is replaced by other tokens
+    END_CANDIDATES = "end_candidates"  # a share of the candidates is replaced by the end of sequence
     LEAK_CANDIDATES = "leak_candidates"  # slots of candidates are never freed
     STOCK_EXPERTS = "stock_experts"  # canonical passes run SGLang's experts
     STOCK_ALL_REDUCE = "stock_all_reduce"  # canonical passes run gloo's all-reduce
@@ -147,10 +151,12 @@ def _sample(
         return _sample_as_batch(logits, rows, positions)
     # Rollbacks alone change nothing, but cut windows differently: what torch's attention is sensitive to.
     corrupting = active(Mode.CORRUPT_CANDIDATES) or active(Mode.TORCH_ATTENTION)
-    if margins is None or not corrupting:
+    ending = active(Mode.END_CANDIDATES)
+    if margins is None or not (corrupting or ending):
         return token_ids
     wrong = torch.rand(len(token_ids), generator=_random) < CORRUPTED_SHARE
-    return torch.where(wrong, (token_ids + 7) % logits.shape[1], token_ids)
+    other = torch.full_like(token_ids, END_OF_SEQUENCE) if ending else (token_ids + 7) % logits.shape[1]
+    return torch.where(wrong, other, token_ids)
 
 
 def _sample_as_batch(logits: torch.Tensor, rows: Any, positions: torch.Tensor) -> torch.Tensor:
