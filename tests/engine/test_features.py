@@ -299,7 +299,7 @@ def test_no_log_probability_is_missing(server: SabotagedServer, results: Run) ->
         for end in ends:
             request = _request(Feature(end))
             for output in (server.generate(request, **asked), list(server.stream(request, **asked))[-1]):
-                assert len(output.token_ids) > 1
+                assert len(output.token_ids) > 0
                 assert _logprob_counts(output) == [len(output.token_ids)] * 3, end
 
 
