@@ -57,6 +57,7 @@ class ServerArgs(SGLangServerArgs):
     llm42_verify_batch_size: A[int, _OURS] = 8
     llm42_max_wait_steps: A[int, _OURS] = 4
     llm42_mark_all: A[bool, _OURS] = False
+    llm42_disable_overlap_verification: A[bool, _OURS] = False
     llm42_commit_log: A[str | None, _OURS] = None
     llm42_commit_log_max_bytes: A[int, _OURS] = 256 * 1024 * 1024
     llm42_commit_log_keep: A[int, _OURS] = 4
@@ -123,6 +124,12 @@ class ServerArgs(SGLangServerArgs):
             action="store_true",
             default=ServerArgs.llm42_mark_all,
             help="Treat every request as deterministic that does not say is_deterministic=false.",
+        )
+        group.add_argument(
+            "--llm42-disable-overlap-verification",
+            action="store_true",
+            default=ServerArgs.llm42_disable_overlap_verification,
+            help="On a GPU: run canonical passes in front of decode steps instead of beside them.",
         )
         group.add_argument(
             "--llm42-commit-log",

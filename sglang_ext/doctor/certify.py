@@ -25,7 +25,10 @@ from sglang_ext.llm42.lane import SegmentKind
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
+    from sglang_ext.llm42.canonical_graph import CapturedCanonicalPass
     from sglang_ext.llm42.canonical_pass import CanonicalPass
+
+    AnyCanonicalPass = CanonicalPass | CapturedCanonicalPass
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class CertificationError(RuntimeError):
     """The engine does not have the property that deterministic output rests on."""
 
 
-def certify_quickly(canonical_pass: CanonicalPass) -> Certificate:
+def certify_quickly(canonical_pass: AnyCanonicalPass) -> Certificate:
     """The short certification at server start: three passes, before traffic.
 
     Every tensor-parallel rank must call it. The memory pools are left as they were.
@@ -66,10 +69,11 @@ def certify_quickly(canonical_pass: CanonicalPass) -> Certificate:
     )
 
 
-def certify(canonical_pass: CanonicalPass, quick: bool = False) -> Certificate:
+def certify(canonical_pass: AnyCanonicalPass, quick: bool = False) -> Certificate:
     """Run the trials on ``canonical_pass`` and report on every operator.
 
-    A quick certification compares logits only, and looks at the operators where those differ.
+    A quick certification compares logits only, and looks at the operators where those differ. A pass that is
+    captured in a CUDA graph is certified as captured; its operators are watched when it runs eagerly.
 
     Every tensor-parallel rank must call it, before traffic: it borrows from the memory pools.
 
@@ -79,15 +83,37 @@ def certify(canonical_pass: CanonicalPass, quick: bool = False) -> Certificate:
     """
     started = time.perf_counter()
     group = _group(canonical_pass)
-    certificate = _run(canonical_pass, quick, watch=not quick)
+    captured = canonical_pass.eager is not canonical_pass
+    certificate = _run(canonical_pass, quick, watch=not quick and not captured)
+    if captured and not quick:
+        certificate = _with_operators(certificate, _run(canonical_pass.eager, quick, watch=True))
     if quick and any(of_all_ranks(not certificate.passed, group)):
         # Logits of another rank may differ where ours do not: all ranks look for the operator together.
-        certificate = _run(canonical_pass, quick, watch=True)
+        watched = _run(canonical_pass.eager, quick, watch=True)
+        certificate = _with_operators(certificate, watched) if captured else watched
     certificate = _merged(certificate, group)
     return dataclasses.replace(certificate, seconds=round(time.perf_counter() - started, 3))
 
 
-def _run(canonical_pass: CanonicalPass, quick: bool, watch: bool) -> Certificate:
+def _with_operators(captured: Certificate, eager: Certificate) -> Certificate:
+    """The certificate of a captured pass, with what was seen of the operators when it ran eagerly.
+
+    Both must pass, and give the same logits: tokens come from the captured one alone.
+    """
+    passes = captured.passes + eager.passes
+    if captured.fingerprint != eager.fingerprint:
+        note = "the CUDA graph computes other bits than the operators it was captured from"
+        return dataclasses.replace(captured, passes=passes, faulty=WHOLE_PASS, notes=(*captured.notes, note))
+    if not captured.passed and eager.passed:
+        note = "it fails in the CUDA graph alone: run eagerly, every operator passes"
+        return dataclasses.replace(captured, passes=passes, notes=(*captured.notes, note))
+    note = f"{captured.passes} passes of the CUDA graph gave equal logits as well"
+    return dataclasses.replace(
+        eager, passes=passes, notes=(*eager.notes, note) if captured.passed else eager.notes
+    )
+
+
+def _run(canonical_pass: AnyCanonicalPass, quick: bool, watch: bool) -> Certificate:
     space, notes = _space(canonical_pass, quick)
     trials = probes.quick_trials(space) if quick else probes.full_trials(space)
     with borrow(canonical_pass.model_runner, space.concurrent, space.rows, space.length) as workspace:
@@ -110,7 +136,7 @@ def _run(canonical_pass: CanonicalPass, quick: bool, watch: bool) -> Certificate
     )
 
 
-def _space(canonical_pass: CanonicalPass, quick: bool) -> tuple[Space, list[str]]:
+def _space(canonical_pass: AnyCanonicalPass, quick: bool) -> tuple[Space, list[str]]:
     """What the pools leave room for, and what therefore is left out."""
     runner = canonical_pass.model_runner
     segments, rows = canonical_pass.segments, canonical_pass.rows
@@ -151,7 +177,7 @@ def _merged(certificate: Certificate, group: GroupCoordinator | None) -> Certifi
     return certificate
 
 
-def _apply_fallback(canonical_pass: CanonicalPass, certificate: Certificate) -> str | None:
+def _apply_fallback(canonical_pass: AnyCanonicalPass, certificate: Certificate) -> str | None:
     """Replace the faulty operator if there is a replacement; returns what to say about it."""
     device = torch.device(canonical_pass.device).type
     replacement = fallback.fallback_for(certificate.faulty or "", device)
@@ -163,7 +189,7 @@ def _apply_fallback(canonical_pass: CanonicalPass, certificate: Certificate) -> 
     return note
 
 
-def _group(canonical_pass: CanonicalPass) -> GroupCoordinator | None:
+def _group(canonical_pass: AnyCanonicalPass) -> GroupCoordinator | None:
     return getattr(canonical_pass.model_runner, "tp_group", None)
 
 
@@ -171,7 +197,7 @@ class _Bench:
     """Runs trials in a workspace and compares what they computed."""
 
     def __init__(
-        self, canonical_pass: CanonicalPass, space: Space, workspace: Workspace, watch: bool
+        self, canonical_pass: AnyCanonicalPass, space: Space, workspace: Workspace, watch: bool
     ) -> None:
         runner = canonical_pass.model_runner
         self.comparison = Comparison(space.length, space.rows)

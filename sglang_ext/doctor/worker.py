@@ -23,12 +23,12 @@ def certify_configuration(
         NotImplementedError: there is no row-invariant attention for the device.
     """
     from sglang_ext.llm42.attention import canonical_attention_factory
-    from sglang_ext.llm42.canonical_pass import CanonicalPass
+    from sglang_ext.llm42.canonical_graph import canonical_pass_for
     from sglang_ext.llm42.config import Llm42Config
 
     model_runner = load(server_args, port_args, tp_rank)
     lane = Llm42Config.from_server_args(server_args).lane
-    return certify(CanonicalPass(model_runner, lane, canonical_attention_factory(model_runner)), quick)
+    return certify(canonical_pass_for(model_runner, lane, canonical_attention_factory(model_runner)), quick)
 
 
 def load(server_args: ServerArgs, port_args: PortArgs, tp_rank: int) -> ModelRunner:

@@ -14,6 +14,7 @@ import torch
 
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.runtime import DecodeStep
+from sglang_ext.llm42.transfer import to_device
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -48,7 +49,7 @@ def prepare_for_decode(batch: ScheduleBatch, step: DecodeStep) -> None:
     positions = positions_cpu.to(batch.device, non_blocking=True)
     slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices, positions].to(torch.int64)
     if step.idle:
-        slots[torch.tensor(step.idle, device=batch.device)] = 0
+        slots.index_fill_(0, to_device(step.idle, batch.device), 0)
     batch.out_cache_loc = slots
     batch.seq_lens_cpu = positions_cpu + 1
     batch.seq_lens = positions + 1

@@ -14,6 +14,7 @@ import torch
 
 from sglang_ext.llm42.canonical_scope import canonical_scope
 from sglang_ext.llm42.lane import LaneConfig, SegmentKind
+from sglang_ext.llm42.transfer import to_device
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -90,12 +91,17 @@ class CanonicalPass:
         self.rows = config.window_size
         self.device = model_runner.device
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
-        self._attention = attention(model_runner, self.segments, self.rows)
+        self.attention = attention(model_runner, self.segments, self.rows)
         self._row = torch.arange(self.rows, device=self.device)
         # Positions of padded rows may run past the end of the sequence; they must stay inside the tables.
         self._last_position = (
             min(self._req_to_token.shape[1], int(model_runner.model_config.context_len) + 1) - 1
         )
+
+    @property
+    def eager(self) -> CanonicalPass:
+        """The pass operator by operator: this one."""
+        return self
 
     @torch.no_grad()
     def run(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> torch.Tensor:
@@ -109,15 +115,21 @@ class CanonicalPass:
         Returns:
             Logits, shape ``[G, W, vocabulary]``, in the model's logit dtype.
         """
+        batch = self.forward_batch(segments, candidates)
+        self.attention.init_forward_metadata(batch)
+        return self.forward(batch)
+
+    @torch.no_grad()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """The model's layers over ``batch``, whose attention was planned; logits ``[G, W, vocabulary]``."""
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        batch = self._forward_batch(segments, candidates)
-        self._attention.init_forward_metadata(batch)
-        with canonical_scope(), forward_context(ForwardContext(attn_backend=self._attention)):
+        with canonical_scope(), forward_context(ForwardContext(attn_backend=self.attention)):
             output = self.model_runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits.view(self.segments, self.rows, -1)
 
-    def _forward_batch(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> ForwardBatch:
+    def forward_batch(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> ForwardBatch:
+        """The batch of a pass: token ids, positions and KV slots of all rows, as :meth:`forward` takes it."""
         from sglang.srt.model_executor.forward_batch_info import (
             CaptureHiddenMode,
             ForwardBatch,
@@ -180,4 +192,4 @@ class CanonicalPass:
         return ids.reshape(-1)
 
     def _to_device(self, values: Sequence[object]) -> torch.Tensor:
-        return torch.tensor(values).to(self.device, non_blocking=True)
+        return to_device(values, self.device)

@@ -26,11 +26,14 @@ class Llm42Config:
         window_size: rows of a segment (W), ``--llm42-window-size``.
         verify_batch_size: segments of a canonical pass (G), ``--llm42-verify-batch-size``.
         max_wait_steps: decode steps a due segment may wait, ``--llm42-max-wait-steps``.
+        overlap_verification: whether passes may run beside decode on a GPU, unless
+            ``--llm42-disable-overlap-verification``.
     """
 
     window_size: int
     verify_batch_size: int
     max_wait_steps: int
+    overlap_verification: bool = True
 
     @classmethod
     def from_server_args(cls, server_args: ServerArgs) -> Llm42Config:
@@ -39,6 +42,7 @@ class Llm42Config:
             window_size=server_args.llm42_window_size,
             verify_batch_size=server_args.llm42_verify_batch_size,
             max_wait_steps=server_args.llm42_max_wait_steps,
+            overlap_verification=not server_args.llm42_disable_overlap_verification,
         )
 
     @property

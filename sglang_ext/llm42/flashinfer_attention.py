@@ -2,12 +2,18 @@
 
 Three settings make it row invariant: the paged wrapper alone, so that a segment reads its own keys and
 values from the cache like everything before them (the ragged kernel with a merge would not); no split-KV, so
-that one thread block sums over a row's whole prefix in one order; and a fixed number of rows per segment,
-which fixes the tile shape that FlashInfer derives from the average segment length.
+that one thread block sums over a row's whole prefix in one order (FlashInfer's Hopper kernel has none); and a
+fixed number of rows per segment.
+
+Everything that the kernel reads stands at fixed addresses, so that it can be captured in a CUDA graph: the
+plan in FlashInfer's integer workspace, the KV slots in a list of our own. Both are written anew before each
+pass. All lengths are known on the host, so nothing waits for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,8 +21,20 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_ext.llm42.transfer import to_device
+
 #: FlashInfer's scratch memory; without split-KV hardly any of it is used.
 WORKSPACE_BYTES = 64 * 1024 * 1024
+
+#: FlashInfer's prefill implementation. On an H100 "fa3" is row invariant and "fa2" is not quite: 21 of 25,831
+#: rows changed bits with the segment around them (W = 64, G = 8).
+KERNEL = "fa3"
+
+#: Entries that FlashInfer may look at behind the end of the slot list.
+SLOT_PADDING = 256
+
+#: Plans on their way to the device at once.
+PLANS_UNDER_WAY = 2
 
 
 class CanonicalFlashInferBackend(AttentionBackend):
@@ -24,16 +42,12 @@ class CanonicalFlashInferBackend(AttentionBackend):
 
     Args:
         model_runner: SGLang's model runner, with pools allocated.
-        kernel: FlashInfer's prefill implementation. On an H100 "fa3" is row invariant and "fa2" is not quite:
-            21 of 25,831 rows changed bits with the segment around them (W = 64, G = 8).
 
     Raises:
         ValueError: the KV cache is not in the model's own precision.
     """
 
-    def __init__(self, model_runner: Any, segments: int, rows: int, kernel: str = "fa3") -> None:
-        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
+    def __init__(self, model_runner: Any, segments: int, rows: int) -> None:
         super().__init__()
         self.segments = segments
         self.rows = rows
@@ -45,48 +59,107 @@ class CanonicalFlashInferBackend(AttentionBackend):
                 f"--kv-cache-dtype {model_runner.kv_cache_dtype}: canonical attention reads a cache in the "
                 f"model's own precision, {model_runner.dtype}"
             )
-        self._dtype = model_runner.dtype
         config, world = model_runner.model_config, get_parallel().attn_tp_size
         self._heads = config.num_attention_heads // world
         self._kv_heads = config.get_num_kv_heads(world)
         self._head_dim = config.head_dim
-        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device)
-        self._wrapper = BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend=kernel)
+        width = self.req_to_token_pool.req_to_token.shape[1]
+        self._slots = torch.zeros(
+            segments * (width + rows) + SLOT_PADDING, dtype=torch.int32, device=self.device
+        )
+        self._row = torch.arange(rows, device=self.device)
         self._qo_indptr = torch.arange(segments + 1, dtype=torch.int32) * rows
-        self._last_page_len = torch.ones(segments, dtype=torch.int32)
+        self._wrapper = self._make_wrapper(model_runner.dtype)
+        self._layout = list(self._wrapper._plan_info)
+        self._staging = _Staging(self._wrapper._int_workspace_buffer.shape[0])
 
-    def init_forward_metadata(self, forward_batch: Any) -> None:
-        """Plan the pass: all lengths are known on the host, so nothing is synchronised."""
-        starts = forward_batch.extend_prefix_lens_cpu
-        indptr = torch.tensor([0, *(start + self.rows for start in starts)]).cumsum(0).to(torch.int32)
-        slots = torch.cat(self._slots(forward_batch, starts))
-        self._wrapper.plan(
+    def _make_wrapper(self, dtype: torch.dtype) -> Any:
+        """FlashInfer's wrapper with our buffers, planned once, which compiles and loads the kernel."""
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        indptr = torch.arange(self.segments + 1, dtype=torch.int32) * self.rows
+        last_page_len = torch.ones(self.segments, dtype=torch.int32)
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(
+            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device),
+            "NHD",
+            use_cuda_graph=True,
+            qo_indptr_buf=self._qo_indptr.to(self.device),
+            paged_kv_indptr_buf=indptr.to(self.device),
+            paged_kv_indices_buf=self._slots,
+            paged_kv_last_page_len_buf=last_page_len.to(self.device),
+            backend=KERNEL,
+        )
+        wrapper.plan(
             self._qo_indptr,
             indptr,
-            slots.to(torch.int32),
-            self._last_page_len,
+            self._slots[: self.segments * self.rows],
+            last_page_len,
             self._heads,
             self._kv_heads,
             self._head_dim,
             page_size=1,
             causal=True,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
+            q_data_type=dtype,
+            kv_data_type=dtype,
             disable_split_kv=True,
         )
+        return wrapper
 
-    def _slots(self, forward_batch: Any, starts: list[int]) -> list[torch.Tensor]:
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Write the plan and the KV slots of a pass, on the current stream."""
+        starts = forward_batch.extend_prefix_lens_cpu
+        begins = [0, *accumulate(start + self.rows for start in starts)]
+        self._plan(starts, begins)
+        self._write_slots(forward_batch, begins[:-1])
+
+    def _plan(self, starts: Sequence[int], begins: Sequence[int]) -> None:
+        """FlashInfer's schedule for these lengths.
+
+        The wrapper's own ``plan`` would also copy what has not changed. SGLang calls the module in the same
+        way (``fast_prefill_plan`` in ``srt/layers/attention/flashinfer_backend.py``), for the other kernel.
+
+        Raises:
+            RuntimeError: the plan does not fit the captured kernel's.
+        """
+        wrapper = self._wrapper
+        with self._staging.take() as pinned:
+            layout = wrapper._cached_module.plan(
+                wrapper._float_workspace_buffer,
+                wrapper._int_workspace_buffer,
+                pinned,
+                self._qo_indptr,
+                torch.tensor(begins, dtype=torch.int32),
+                torch.tensor([start + self.rows for start in starts], dtype=torch.int32),
+                self.segments * self.rows,
+                self.segments,
+                self._heads,
+                self._kv_heads,
+                1,  # page_size
+                True,  # enable_cuda_graph
+                self._head_dim,
+                self._head_dim,
+                True,  # causal
+                -1,  # window_left
+            )
+        if list(layout) != self._layout:
+            raise RuntimeError("FlashInfer laid out a plan otherwise than the one that was captured")
+
+    def _write_slots(self, forward_batch: Any, begins: Sequence[int]) -> None:
         """KV slots of each segment in turn: those of its prefix, then those that its own rows write.
 
         Padded rows write to slot 0, and no slot behind the used rows is read. The kernel multiplies masked
         values by zero, so a NaN that another request left in such a slot would reach every row.
         """
+        from sglang.kernels.ops.kvcache.kv_indices import create_flashinfer_kv_indices_triton
+
         table = self.req_to_token_pool.req_to_token
-        own = forward_batch.out_cache_loc.view(self.segments, self.rows).to(table.dtype)
-        parts: list[torch.Tensor] = []
-        for segment, start in enumerate(starts):
-            parts += [table[forward_batch.req_pool_indices[segment], :start], own[segment]]
-        return parts
+        begin = to_device(list(begins), self.device, torch.int64)
+        prefix = forward_batch.extend_prefix_lens
+        create_flashinfer_kv_indices_triton[(self.segments,)](
+            table, forward_batch.req_pool_indices, prefix, begin, None, self._slots, table.stride(0)
+        )
+        own = (begin + prefix)[:, None] + self._row
+        self._slots.index_copy_(0, own.reshape(-1), forward_batch.out_cache_loc.to(torch.int32))
 
     def forward_extend(
         self,
@@ -123,3 +196,32 @@ class CanonicalFlashInferBackend(AttentionBackend):
             sm_scale=layer.scaling,
         )
         return output.view(-1, layer.tp_q_head_num * layer.head_dim)
+
+
+class _Staging:
+    """Pinned buffers that plans are copied from; one is written again only after its copy has happened.
+
+    Args:
+        size: bytes of each.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._buffers = [
+            torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(PLANS_UNDER_WAY)
+        ]
+        self._copied = [torch.cuda.Event() for _ in self._buffers]
+        self._next = 0
+        self._pinned = self._buffers[0]
+
+    def take(self) -> _Staging:
+        """For a ``with`` statement, inside of which the copy is started on the current stream."""
+        self._next = (self._next + 1) % len(self._buffers)
+        self._copied[self._next].synchronize()
+        self._pinned = self._buffers[self._next]
+        return self
+
+    def __enter__(self) -> torch.Tensor:
+        return self._pinned
+
+    def __exit__(self, *exception: object) -> None:
+        self._copied[self._next].record()

@@ -10,7 +10,7 @@ from sglang_ext.llm42 import logit_processing
 from sglang_ext.llm42.commit_log import CommitLog
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.lane import LaneRequest
-from sglang_ext.llm42.sampling import DEFAULT_SEED
+from sglang_ext.llm42.sampling import DEFAULT_SEED, RowParams
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -54,6 +54,7 @@ class DeterministicRequest:
         output_logprobs: those of committed output tokens that SGLang has not taken over yet.
         decided: all output tokens that passes have decided, committed or not.
         matcher: grammar matcher that has accepted ``decided``, None without a grammar.
+        row_params: the sampling parameters of each of its rows, once a row was sampled.
     """
 
     seed: int
@@ -68,6 +69,7 @@ class DeterministicRequest:
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     decided: list[int] = field(default_factory=list)
     matcher: Any = None
+    row_params: RowParams | None = None
 
     def admit(self, req: Req) -> LaneRequest:
         """Enter the lane: all known tokens have memory, the cached prefix has canonical KV in it."""

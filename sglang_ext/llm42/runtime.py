@@ -23,11 +23,14 @@ import torch
 
 from sglang_ext.llm42 import logit_processing, logprobs, sampling
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
+from sglang_ext.llm42.canonical_graph import canonical_pass_for
+from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, PassSegment
 from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
+from sglang_ext.llm42.pass_stream import Results, SlotGuard, pass_stream
 from sglang_ext.llm42.request import Verdict
 from sglang_ext.llm42.statistics import Statistics
+from sglang_ext.llm42.transfer import to_device
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -76,17 +79,16 @@ class LaunchedPass:
 
     Attributes:
         segments: what it carries, with the request of each.
-        offsets: first index of each segment in ``judged``; None where a segment decides nothing.
-        judged: canonical token of every deciding row, shape ``[n]``.
-        candidates: the candidate that each of these rows judges (0 for prompts), shape ``[n]``.
+        offsets: first index of each segment in the results; None where a segment decides nothing.
+        results: canonical token of every deciding row, and the candidate that each of them judges (0 for
+            prompts); ``n`` each.
         output_logits: logits of deciding rows by index, where log-probabilities are wanted.
         prompt_logits: logits of prompt rows by position and segment number, likewise.
     """
 
     segments: list[tuple[Segment, Req]]
     offsets: list[int | None]
-    judged: torch.Tensor
-    candidates: torch.Tensor
+    results: Results
     output_logits: dict[int, torch.Tensor]
     prompt_logits: list[tuple[int, int, torch.Tensor]]
 
@@ -114,7 +116,11 @@ class Runtime:
         self.weights_generation = 0
         # Two units in the last place of the logits' dtype, relative.
         self._rounding = 2 * torch.finfo(model_runner.dtype).eps
-        self.canonical_pass = CanonicalPass(model_runner, lane, attention)
+        self.canonical_pass = canonical_pass_for(model_runner, lane, attention)
+        # Ranks that look at their own clocks might disagree about which pass has ended.
+        beside = config.overlap_verification and model_runner.ps.tp_size == 1
+        self._stream = pass_stream(self.canonical_pass, beside)
+        self._slot_guard = SlotGuard(model_runner.token_to_kv_pool_allocator)
         self._table = CandidateTable(
             model_runner.req_to_token_pool.req_to_token.shape[0], lane.capacity, self.device
         )
@@ -137,11 +143,24 @@ class Runtime:
         assert state is not None
         self._requests[state.admit(req)] = req
 
+    def slots_freed(self, req: Req) -> None:
+        """Slots of ``req`` are about to be freed, all or some of them."""
+        lane = self._lane(req)
+        if lane is None or lane.in_flight == 0:
+            return
+        for launched in self._launched:
+            self._slot_guard.freeing(launched.results)
+
+    def before_forward(self, slots: int, prompts: bool) -> None:
+        """A forward of SGLang is about to be launched; see :class:`SlotGuard`."""
+        self._slot_guard.before_forward(slots, prompts)
+
     def release(self, req: Req) -> None:
         """``req`` is about to give its memory back: finished, aborted or retracted."""
         state = deterministic.of(req)
         if state is None or state.lane is None:
             return
+        self.slots_freed(req)
         if not state.lane.decoding:
             # The prompt was interrupted: only what stands in canonical KV may enter the cache.
             req.kv_committed_len = state.lane.canonical_end
@@ -164,13 +183,39 @@ class Runtime:
     def begin_step(self, reqs: Sequence[Req]) -> DecodeStep:
         """Apply the passes that are done and give every row of the batch its position."""
         self._step_number += 1
-        while self._launched:
-            self._apply(self._launched.popleft())
+        if not self._stream.beside or self._ended():
+            self._apply_launched()
         step = DecodeStep(list(reqs), [0] * len(reqs), [], [], {})
         hold = self._decide_hold(reqs)
+        if self._launched and (hold or not self._any_decodes(reqs)):
+            # There is nothing to do beside the pass.
+            self._apply_launched()
         for row, req in enumerate(reqs):
             self._place(step, row, req, hold)
         return step
+
+    def _ended(self) -> bool:
+        return all(launched.results.ready() for launched in self._launched)
+
+    def _apply_launched(self) -> None:
+        """Apply the passes under way; the host waits for those that have not ended."""
+        while self._launched:
+            self._apply(self._launched.popleft())
+
+    def wait_for_passes(self) -> None:
+        """Return when no pass is under way on the device; its result is applied later."""
+        for launched in self._launched:
+            launched.results.read()
+
+    def _any_decodes(self, reqs: Sequence[Req]) -> bool:
+        """Whether a row of the batch can decode while a pass is under way."""
+        for req in reqs:
+            if deterministic.of(req) is None:
+                return True
+            lane = self._lane(req)
+            if lane is not None and not req.finished() and lane.can_decode(self.capacity):
+                return True
+        return False
 
     def _decide_hold(self, reqs: Sequence[Req]) -> bool:
         """Whether this step should only run a pass; never if an unmarked request waits for its next token."""
@@ -238,16 +283,16 @@ class Runtime:
         drafting = [row for row in step.drafting if self._lane(step.reqs[row]) is not None]
         if not drafting:
             return sample_batch()
-        rows = torch.tensor(drafting, device=self.device)
-        logits = logits_output.next_token_logits[rows].clone()
+        rows = to_device(drafting, self.device)
+        logits = logits_output.next_token_logits[rows]
         token_ids = sample_batch()
         reqs = [step.reqs[row] for row in drafting]
         lanes = [lane for req in reqs if (lane := self._lane(req)) is not None]
         logits = self._process(logits, reqs, [lane.pending for lane in lanes])
-        positions = torch.tensor([step.positions[row] + 1 for row in drafting], device=self.device)
+        positions = to_device([step.positions[row] + 1 for row in drafting], self.device)
         drafted, margins = sampling.sample_with_margin(logits, sampling_rows(reqs, self.device), positions)
         step.drafted, step.narrow = drafting, self._narrow(logits, drafted, margins)
-        pool = torch.tensor([req.req_pool_idx for req in reqs], device=self.device)
+        pool = to_device([req.req_pool_idx for req in reqs], self.device)
         self._table.write(pool, positions, drafted)
         for lane in lanes:
             lane.drafted()
@@ -263,7 +308,7 @@ class Runtime:
         """
         rows, self._rows_to_level = self._rows_to_level, []
         if rows:
-            logits[torch.tensor(rows, device=self.device)] = 0
+            logits.index_fill_(0, to_device(rows, self.device), 0)
 
     def _narrow(self, logits: torch.Tensor, token_ids: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
         """Whether rounding alone might have given another token; bool ``[rows]``, on its way to the host."""
@@ -275,23 +320,27 @@ class Runtime:
         rows = step.drafting + step.idle
         if not rows:
             return
-        pool = torch.tensor([step.reqs[r].req_pool_idx for r in rows], device=self.device)
-        positions = torch.tensor([step.positions[r] for r in rows], device=self.device)
+        pool = to_device([step.reqs[r].req_pool_idx for r in rows], self.device)
+        positions = to_device([step.positions[r] for r in rows], self.device)
         token_ids = self._table.read(pool, positions)
         token_ids[len(step.drafting) :] = 0
         batch.input_ids = batch.input_ids.clone()
-        batch.input_ids[torch.tensor(rows, device=self.device)] = token_ids.to(batch.input_ids.dtype)
+        batch.input_ids[to_device(rows, self.device)] = token_ids.to(batch.input_ids.dtype)
 
     # Canonical passes
 
     def _launch(self, step: DecodeStep) -> None:
         live = [lane for lane, req in self._requests.items() if not req.finished()]
+        if self._launched:
+            self.policy.update_due(live, self._step_number)
+            return
         segments = self.policy.plan(live, self._step_number, can_decode=step.useful)
         if not segments:
             return
         owned = [(segment, self._requests[segment.request]) for segment in segments]
-        logits = self.canonical_pass.run([self._pass_segment(*item) for item in owned], self._table)
-        self._launched.append(self._judge(owned, logits))
+        with self._stream.launching():
+            logits = self.canonical_pass.run([self._pass_segment(*item) for item in owned], self._table)
+            self._launched.append(self._judge(owned, logits))
         self.statistics.count_pass(segments, self.config.lane.rows)
 
     def _pass_segment(self, segment: Segment, req: Req) -> PassSegment:
@@ -319,15 +368,16 @@ class Runtime:
             for g, (segment, req) in enumerate(owned)
             for row in logprobs.prompt_rows(segment, req)
         ]
-        where = torch.tensor(index, dtype=torch.int64, device=self.device).reshape(-1, 2)
-        position = torch.tensor(positions, dtype=torch.int64, device=self.device)
-        pool = torch.tensor(pools, dtype=torch.int64, device=self.device)
+        where = to_device(index, self.device, torch.int64).reshape(-1, 2)
+        position = to_device(positions, self.device, torch.int64)
+        pool = to_device(pools, self.device, torch.int64)
         earlier = [row if owned[g][0].kind is SegmentKind.VERIFY else 0 for g, row in index]
         deciding = self._process(logits[where[:, 0], where[:, 1]], reqs, earlier)
         output_logits = {i: deciding[i] for i, req in enumerate(reqs) if logprobs.wants_output(req)}
         judged = sampling.sample(deciding, sampling_rows(reqs, self.device), position)
         drafted = self._table.read(pool, position)
-        return LaunchedPass(owned, offsets, judged, drafted, output_logits, prompt_logits)
+        results = self._stream.results((judged, drafted))
+        return LaunchedPass(owned, offsets, results, output_logits, prompt_logits)
 
     def _process(self, logits: torch.Tensor, reqs: Sequence[Req], earlier: Sequence[int]) -> torch.Tensor:
         """Apply penalties, grammars and the like to rows that need it.
@@ -361,7 +411,7 @@ class Runtime:
         return None if state is None else state.lane
 
     def _apply(self, launched: LaunchedPass) -> None:
-        judged, candidates = launched.judged.tolist(), launched.candidates.tolist()
+        judged, candidates = launched.results.read()
         self._note_prompt_logprobs(launched)
         corrected: list[tuple[int, int, int]] = []
         for (segment, req), offset in zip(launched.segments, launched.offsets, strict=True):
@@ -390,7 +440,7 @@ class Runtime:
                 assert lane.base is not None
                 corrected.append((req.req_pool_idx, lane.base, tokens[-1]))
         if corrected:
-            pool, position, token = torch.tensor(corrected, device=self.device).T
+            pool, position, token = to_device(corrected, self.device).T
             self._table.write(pool, position, token)
 
     def _note_prompt_logprobs(self, launched: LaunchedPass) -> None:
@@ -422,8 +472,12 @@ def sampling_rows(reqs: Sequence[Req], device: Any) -> sampling.SamplingRows:
 def _row_params(req: Req) -> sampling.RowParams:
     state = deterministic.of(req)
     assert state is not None
-    params = req.sampling_params
-    return sampling.RowParams(params.temperature, params.top_k, params.top_p, params.min_p, state.seed)
+    if state.row_params is None:
+        params = req.sampling_params
+        state.row_params = sampling.RowParams(
+            params.temperature, params.top_k, params.top_p, params.min_p, state.seed
+        )
+    return state.row_params
 
 
 def _deciding_rows(segment: Segment) -> range:

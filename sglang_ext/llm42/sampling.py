@@ -1,6 +1,6 @@
 """The canonical sampler: each row's token depends on that row's logits and parameters alone.
 
-Imports torch only. Used for candidates (decode) and for canonical rows (prefill and verification) alike:
+Imports no SGLang. Used for candidates (decode) and for canonical rows (prefill and verification) alike:
 the same noise is what makes candidates usually match.
 
 Row invariance comes from using nothing whose rounding could depend on the row. Comparisons, maxima,
@@ -31,6 +31,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sglang_ext.llm42.transfer import to_device
 
 DEFAULT_SEED = 42
 # SGLang's value for "whole vocabulary" (srt/sampling/sampling_params.py), which requests give as -1.
@@ -136,22 +138,29 @@ class SamplingRows:
         sampled = [row for row, param in enumerate(params) if not param.greedy]
         truncated = [index for index, row in enumerate(sampled) if params[row].truncated]
 
-        def floats(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        def integers(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
+        # Few copies: on a GPU each costs more than what it carries.
+        temperature, top_p, min_p = to_device(
+            [
+                # A greedy row's temperature is never used; 1 keeps a division by it harmless.
+                [1.0 if param.greedy else param.temperature for param in params],
+                [param.top_p for param in params],
+                [param.min_p for param in params],
+            ],
+            device,
+            torch.float32,
+        )
+        top_k, seed = to_device(
+            [[param.top_k for param in params], [param.seed for param in params]], device, torch.int64
+        )
         return cls(
-            # A greedy row's temperature is never used; 1 keeps a division by it harmless.
-            temperature=floats([1.0 if param.greedy else param.temperature for param in params]),
-            top_k=integers([param.top_k for param in params]),
-            top_p=floats([param.top_p for param in params]),
-            min_p=floats([param.min_p for param in params]),
-            seed=integers([param.seed for param in params]),
-            greedy=torch.tensor([param.greedy for param in params], dtype=torch.bool, device=device),
-            sampled_rows=integers(sampled),
-            truncated_rows=integers(truncated),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            greedy=to_device([param.greedy for param in params], device, torch.bool),
+            sampled_rows=to_device(sampled, device, torch.int64),
+            truncated_rows=to_device(truncated, device, torch.int64),
             params=tuple(params),
         )
 
@@ -289,10 +298,13 @@ def _gumbel_of_hash(hashed: Tensor) -> Tensor:
 
 
 def _sample_batched(logits: Tensor, rows: SamplingRows, positions: Tensor, margins: Tensor | None) -> Tensor:
-    if margins is not None and len(rows.sampled_rows) < len(rows):
-        margins.copy_(_lead(logits))
-    if not rows.any_sampled:
-        return _argmax_lowest(logits)
+    greedy = None
+    if len(rows.sampled_rows) < len(rows):
+        greedy, lead = _winners(logits, margins is not None)
+        if margins is not None:
+            margins.copy_(lead)
+        if not rows.any_sampled:
+            return greedy
     index = rows.sampled_rows
     token_ids = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     keys = _row_keys(rows.seed[index], positions[index])
@@ -304,12 +316,19 @@ def _sample_batched(logits: Tensor, rows: SamplingRows, positions: Tensor, margi
         cut = index[subset]
         keep = _keep_mask(scaled[subset], rows.top_k[cut], rows.top_p[cut], rows.min_p[cut])
         scores[subset] = scores[subset].masked_fill(~keep, -math.inf)
-    tokens = _argmax_lowest(scores)
+    tokens, lead = _winners(scores, margins is not None)
     if margins is not None:
-        margins[index] = _lead(scores) * rows.temperature[index]
-    if len(index) == len(rows):
-        return tokens
-    return _argmax_lowest(logits).index_copy_(0, index, tokens)
+        margins[index] = lead * rows.temperature[index]
+    return tokens if greedy is None else greedy.index_copy_(0, index, tokens)
+
+
+def _winners(values: Tensor, with_lead: bool) -> tuple[Tensor, Tensor]:
+    """Argmax of each row, ties to the lowest index, and its lead over the second best if wanted."""
+    if values.is_cuda and values.stride(1) == 1:
+        from sglang_ext.llm42.top_two import top_two
+
+        return top_two(values)
+    return _argmax_lowest(values), _lead(values) if with_lead else values.new_empty(0)
 
 
 def _lead(values: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ def certify(scheduler: Scheduler) -> None:
     Raises:
         CertificationError: rows of canonical passes are not invariant with this model and configuration.
     """
+    runtime().wait_for_passes()
     certificate = certify_quickly(runtime().canonical_pass)
     scheduler.llm42_fingerprint = certificate.fingerprint
     logger.info(
@@ -200,6 +201,7 @@ def forward_batch_generation(
     """Around ``TpModelWorker.forward_batch_generation``."""
     if batch is None:
         return original(worker, batch, *args, **kw)
+    _guard_slots(batch)
     if batch.forward_mode.is_extend():
         if allocation.any_deterministic(batch.reqs):
             return _skip_prefill(batch)
@@ -208,6 +210,16 @@ def forward_batch_generation(
     if step is None:
         return original(worker, batch, *args, **kw)
     return runtime().run_step(step, batch, lambda: original(worker, batch, *args, **kw))
+
+
+def _guard_slots(batch: ScheduleBatch) -> None:
+    """Let this batch's forward wait if it may write to slots that a canonical pass under way still uses."""
+    if _runtime is None or batch.out_cache_loc is None:
+        return
+    extend = batch.forward_mode.is_extend()
+    # A marked prefill batch takes slots, but nothing is computed.
+    prompts = extend and not allocation.any_deterministic(batch.reqs)
+    _runtime.before_forward(len(batch.out_cache_loc), prompts)
 
 
 def _skip_prefill(batch: ScheduleBatch) -> GenerationBatchResult:
@@ -325,6 +337,8 @@ def insert_prompts(result: None, processor: Any, batch: ScheduleBatch, *args: An
             continue
         state.insert_prompt = False
         if not req.finished() and not req.is_retracted:
+            # It may be re-pointed to slots that the cache holds; its own are freed then.
+            runtime().slots_freed(req)
             req.time_stats.set_prefill_finished_time()
             maybe_cache_unfinished_req(req, processor.tree_cache)
 

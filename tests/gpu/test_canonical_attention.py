@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ class _Pool:
         return self.buffers
 
 
-def _backend(monkeypatch: pytest.MonkeyPatch, segments: int, rows: int, kernel: str, table: Any) -> Any:
+def _backend(monkeypatch: pytest.MonkeyPatch, segments: int, rows: int, table: torch.Tensor) -> Any:
     from sglang_ext.llm42 import flashinfer_attention
 
     monkeypatch.setattr(flashinfer_attention, "get_parallel", lambda: types.SimpleNamespace(attn_tp_size=1))
@@ -49,7 +50,17 @@ def _backend(monkeypatch: pytest.MonkeyPatch, segments: int, rows: int, kernel: 
         req_to_token_pool=types.SimpleNamespace(req_to_token=table),
         model_config=config,
     )
-    return flashinfer_attention.CanonicalFlashInferBackend(runner, segments, rows, kernel)
+    return flashinfer_attention.CanonicalFlashInferBackend(runner, segments, rows)
+
+
+def _batch(table: torch.Tensor, pools: Sequence[int], starts: Sequence[int], own: torch.Tensor) -> Any:
+    """What the backend reads of SGLang's batch; ``own`` are the slots that the rows write."""
+    return types.SimpleNamespace(
+        extend_prefix_lens_cpu=list(starts),
+        extend_prefix_lens=torch.tensor(starts, dtype=torch.int32, device=table.device),
+        req_pool_indices=torch.tensor(pools, device=table.device),
+        out_cache_loc=own.to(torch.int64),
+    )
 
 
 def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) -> tuple[int, int]:
@@ -58,25 +69,19 @@ def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     seen: dict[tuple[int, int], torch.Tensor] = {}
     compared = different = 0
+    table = backend.req_to_token_pool.req_to_token
     for number in range(passes):
         # Short and long neighbours by turns: the kernel's schedule follows the lengths of a pass.
         longest = LENGTH if number % 3 else 200
         starts = torch.randint(0, longest, (segments,), generator=generator).tolist()
         pools = torch.randint(0, len(queries), (segments,), generator=generator).tolist()
-        table = backend.req_to_token_pool.req_to_token
-        batch = types.SimpleNamespace(
-            extend_prefix_lens_cpu=starts,
-            req_pool_indices=torch.tensor(pools, device="cuda"),
-            out_cache_loc=torch.cat(
-                [table[pool, start : start + rows] for pool, start in zip(pools, starts, strict=True)]
-            ),
-        )
-        q = torch.cat(
-            [queries[pool, start : start + rows] for pool, start in zip(pools, starts, strict=True)]
-        )
+        places = list(zip(pools, starts, strict=True))
+        own = torch.cat([table[pool, start : start + rows] for pool, start in places])
+        q = torch.cat([queries[pool, start : start + rows] for pool, start in places])
+        batch = _batch(table, pools, starts, own)
         backend.init_forward_metadata(batch)
         output = backend.forward_extend(q.flatten(1), None, None, LAYER, batch).view(segments, rows, -1)
-        for g, (pool, start) in enumerate(zip(pools, starts, strict=True)):
+        for g, (pool, start) in enumerate(places):
             for row in range(rows):
                 first = seen.setdefault((pool, start + row), output[g, row].clone())
                 compared += 1
@@ -84,32 +89,64 @@ def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) ->
     return compared, different
 
 
-@pytest.mark.parametrize(("rows", "segments"), [(16, 8), (64, 8), (16, 32)])
+@pytest.mark.parametrize(("rows", "segments"), [(16, 8), (64, 8), (16, 32), (64, 16)])
 def test_rows_keep_their_bits_however_segments_are_cut(
     monkeypatch: pytest.MonkeyPatch, rows: int, segments: int
 ) -> None:
     torch.manual_seed(0)
-    table = torch.stack([torch.randperm(SLOTS, device="cuda") for _ in range(3)])
+    table = torch.stack([torch.randperm(SLOTS, device="cuda", dtype=torch.int32) for _ in range(3)])
     queries = torch.randn(3, LENGTH + rows, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    backend = _backend(monkeypatch, segments, rows, "fa3", table)
+    backend = _backend(monkeypatch, segments, rows, table)
     compared, different = _differences(backend, queries, passes=60, seed=1)
     assert compared > 1000
     assert different == 0
 
 
+def test_attention_is_that_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rows, segments, starts = 16, 4, [0, 37, 700, 1500]
+    table = torch.stack([torch.randperm(SLOTS, device="cuda", dtype=torch.int32) for _ in range(segments)])
+    backend = _backend(monkeypatch, segments, rows, table)
+    q = torch.randn(segments * rows, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    own = torch.cat([table[g, start : start + rows] for g, start in enumerate(starts)])
+    batch = _batch(table, range(segments), starts, own)
+    backend.init_forward_metadata(batch)
+    output = backend.forward_extend(q, None, None, LAYER, batch).view(segments, rows, HEADS, HEAD_DIM)
+    for g, start in enumerate(starts):
+        keys, values = (
+            buffer[table[g, : start + rows].long()].float().repeat_interleave(HEADS // KV_HEADS, dim=1)
+            for buffer in backend.token_to_kv_pool.buffers
+        )
+        queries = q.view(segments, rows, HEADS, HEAD_DIM)[g].float()
+        scores = torch.einsum("rhd,khd->hrk", queries, keys) * LAYER.scaling
+        behind = (
+            torch.arange(start + rows, device="cuda")
+            > torch.arange(start, start + rows, device="cuda")[:, None]
+        )
+        expected = torch.einsum("hrk,khd->rhd", scores.masked_fill(behind, -torch.inf).softmax(-1), values)
+        torch.testing.assert_close(output[g].float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_no_slot_behind_the_used_rows_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.arange(2 * 10, dtype=torch.int32, device="cuda").view(2, 10) + 100
+    backend = _backend(monkeypatch, 3, 4, table)
+    # Two rows in use; a segment that ends with the table, full; a segment of padding.
+    own = torch.tensor([113, 114, 0, 0, 106, 107, 108, 109, 0, 0, 0, 0], device="cuda")
+    backend.init_forward_metadata(_batch(table, [1, 0, 0], [3, 6, 0], own))
+    first, second = [110, 111, 112, 113, 114, 0, 0], [*range(100, 110)]
+    listed = first + second + [0] * 4
+    assert backend._slots[: len(listed)].tolist() == listed
+
+
 def test_nan_behind_the_used_rows_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     rows, segments, used, start = 16, 8, 5, 100
-    table = torch.stack([torch.randperm(SLOTS - 1, device="cuda") + 1])
-    backend = _backend(monkeypatch, segments, rows, "fa3", table)
+    table = torch.stack([torch.randperm(SLOTS - 1, device="cuda", dtype=torch.int32) + 1])
+    backend = _backend(monkeypatch, segments, rows, table)
     q = torch.randn(segments * rows, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     own = table[0, start : start + rows].clone()
     own[used:] = 0
-    batch = types.SimpleNamespace(
-        extend_prefix_lens_cpu=[start] * segments,
-        req_pool_indices=torch.zeros(segments, dtype=torch.int64, device="cuda"),
-        out_cache_loc=own.repeat(segments),
-    )
+    batch = _batch(table, [0] * segments, [start] * segments, own.repeat(segments))
 
     def used_rows() -> torch.Tensor:
         backend.init_forward_metadata(batch)
@@ -117,5 +154,19 @@ def test_nan_behind_the_used_rows_reaches_nobody(monkeypatch: pytest.MonkeyPatch
 
     whole = used_rows()
     for buffer in backend.token_to_kv_pool.buffers:
-        buffer[table[0, start + used :]] = float("nan")
+        buffer[table[0, start + used :].long()] = float("nan")
     assert torch.equal(used_rows(), whole)
+
+
+def test_planning_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.arange(SLOTS, dtype=torch.int32, device="cuda").view(2, -1)
+    backend = _backend(monkeypatch, 4, 16, table)
+    batch = _batch(table, [0, 1, 0, 1], [5, 100, 700, 0], torch.zeros(64, device="cuda"))
+    backend.init_forward_metadata(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            backend.init_forward_metadata(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,153 @@
+"""The canonical pass of a GPU: captured once in a CUDA graph, never run eagerly afterwards.
+
+What a pass reads stands in buffers whose addresses never change. A small eager part fills them (token ids,
+positions, KV slots, FlashInfer's plan), then the graph is replayed: the same kernels in the same order, which
+no heuristic of a library can change between two passes. The memory pool is the graph's own. SGLang's graphs
+share theirs with each other because they never run at the same time; a canonical pass runs beside them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_ext.llm42.lane import LaneConfig
+
+logger = logging.getLogger(__name__)
+
+#: Tensors of a pass's batch that its kernels may read.
+INPUTS = (
+    "input_ids",
+    "positions",
+    "out_cache_loc",
+    "req_pool_indices",
+    "seq_lens",
+    "orig_seq_lens",
+    "extend_seq_lens",
+    "extend_prefix_lens",
+)
+
+#: Eager passes before the capture: kernels are compiled and loaded, libraries have their workspaces.
+WARM_UP_PASSES = 2
+
+GIB = 1 << 30
+
+
+class CaptureError(RuntimeError):
+    """The canonical pass could not be captured in a CUDA graph."""
+
+
+class CapturedCanonicalPass:
+    """A canonical pass as a CUDA graph.
+
+    Args:
+        eager: the pass to capture; its attention must keep what it plans at fixed addresses.
+        stream: captured on this one, None for one of its own; a graph keeps its priority.
+
+    Attributes:
+        eager: the same pass, operator by operator. For the capture, and for the certification to find which
+            operator fails; never for tokens.
+        stream: where it was captured, and should run when other work goes on beside it.
+        inputs_read: recorded in every run once SGLang's tables and the candidates have been read.
+        memory_gib: device memory that the capture took.
+
+    Raises:
+        CaptureError: the capture failed, for want of memory or because an operator cannot be captured.
+    """
+
+    def __init__(self, eager: CanonicalPass, stream: torch.cuda.Stream | None = None) -> None:
+        self.eager = eager
+        self.model_runner = eager.model_runner
+        self.segments = eager.segments
+        self.rows = eager.rows
+        self.device = eager.device
+        self.inputs_read = torch.cuda.Event()
+        self.memory_gib = 0.0
+        self._batch = eager.forward_batch((), CandidateTable(1, self.rows, self.device))
+        self._graph = torch.cuda.CUDAGraph()
+        self.stream = own_stream(self.model_runner) if stream is None else stream
+        self._logits = self._capture()
+
+    @torch.no_grad()
+    def run(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> torch.Tensor:
+        """As :meth:`CanonicalPass.run`, on the current stream; the logits are overwritten by the next run."""
+        batch = self.eager.forward_batch(segments, candidates)
+        self.eager.attention.init_forward_metadata(batch)
+        for name in INPUTS:
+            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
+        self.inputs_read.record()
+        self._graph.replay()
+        return self._logits
+
+    @torch.no_grad()
+    def _capture(self) -> torch.Tensor:
+        from sglang.srt.distributed.parallel_state import graph_capture
+
+        started = time.perf_counter()
+        free, _ = torch.cuda.mem_get_info()
+        try:
+            with graph_capture(stream=self.stream):
+                self.eager.attention.init_forward_metadata(self._batch)
+                for _ in range(WARM_UP_PASSES):
+                    self.eager.forward(self._batch)
+                torch.cuda.synchronize()
+                with torch.cuda.graph(self._graph, stream=self.stream):
+                    logits = self.eager.forward(self._batch)
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise CaptureError(
+                f"--enable-llm42: the canonical pass of {self.segments} segments of {self.rows} rows could "
+                f"not be captured in a CUDA graph ({free / GIB:.1f} GiB were free): {type(error).__name__}: "
+                f"{error}. If memory ran out, lower --mem-fraction-static or --llm42-verify-batch-size."
+            ) from error
+        self.memory_gib = (free - torch.cuda.mem_get_info()[0]) / GIB
+        logger.info(
+            "Canonical pass of %d x %d rows captured in a CUDA graph: %.2f GiB, %.1f s, %.1f GiB left",
+            self.segments,
+            self.rows,
+            self.memory_gib,
+            time.perf_counter() - started,
+            torch.cuda.mem_get_info()[0] / GIB,
+        )
+        return logits
+
+
+def canonical_pass_for(
+    model_runner: ModelRunner, config: LaneConfig, attention: AttentionFactory
+) -> CanonicalPass | CapturedCanonicalPass:
+    """The canonical pass of a server: a CUDA graph on a GPU.
+
+    Args:
+        model_runner: SGLang's model runner, with pools allocated, weights loaded and its own graphs captured.
+        config: G and W.
+        attention: factory of the row-invariant attention backend.
+
+    Raises:
+        CaptureError: the capture failed.
+    """
+    eager = CanonicalPass(model_runner, config, attention)
+    return CapturedCanonicalPass(eager) if torch.device(eager.device).type == "cuda" else eager
+
+
+def own_stream(model_runner: ModelRunner) -> torch.cuda.Stream:
+    """A stream that none of SGLang's forwards or graphs use.
+
+    torch hands out 32 streams in turn, and cuBLAS has a workspace per stream: two graphs that were captured
+    on the same one must not run at the same time.
+    """
+    runners = (getattr(model_runner, f"{phase}_cuda_graph_runner", None) for phase in ("decode", "prefill"))
+    streams = [model_runner.forward_stream, *(getattr(runner, "stream", None) for runner in runners)]
+    taken = {stream.cuda_stream for stream in streams if stream is not None}
+    stream = torch.cuda.Stream()
+    while stream.cuda_stream in taken:
+        stream = torch.cuda.Stream()
+    return stream

@@ -1,0 +1,226 @@
+"""The canonical pass in its CUDA graph, on a small random Llama in SGLang's own model runner."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import write_tiny_llama
+
+pytestmark = pytest.mark.gpu
+
+ROWS, SEGMENTS, LENGTH, REQUESTS, VOCABULARY = 16, 8, 300, 6, 512
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """SGLang's model runner on the GPU; heads of 128, for which FlashInfer's kernel is made."""
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import PortArgs
+
+    from sglang_ext import launch_server, plugin
+    from sglang_ext.doctor import worker
+
+    load_plugins()
+    plugin.register()
+    model = write_tiny_llama(
+        tmp_path_factory.mktemp("llama"), hidden=512, intermediate=1024, vocab=VOCABULARY
+    )
+    flags = (
+        "--skip-tokenizer-init --attention-backend flashinfer --max-total-tokens 8192 --context-length 1024"
+    )
+    arguments = ["--model", str(model), "--max-running-requests", "16", "--mem-fraction-static", "0.1"]
+    server_args = launch_server.parse([*arguments, *flags.split()])
+    yield worker.load(server_args, PortArgs.init_new(server_args), 0)
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture(scope="module")
+def captured(runner: Any) -> Any:
+    from sglang_ext.llm42.attention import canonical_attention_factory
+    from sglang_ext.llm42.canonical_graph import CapturedCanonicalPass, canonical_pass_for
+    from sglang_ext.llm42.lane import LaneConfig
+
+    result = canonical_pass_for(runner, LaneConfig(ROWS, SEGMENTS), canonical_attention_factory(runner))
+    assert isinstance(result, CapturedCanonicalPass)
+    return result
+
+
+class Requests:
+    """Requests with slots of their own all over the pool, and their tokens in a candidate table."""
+
+    def __init__(self, runner: Any) -> None:
+        from sglang_ext.llm42.canonical_pass import CandidateTable
+
+        slots = torch.randperm(8000, device="cuda")[: REQUESTS * LENGTH].view(REQUESTS, LENGTH) + 1
+        runner.req_to_token_pool.req_to_token[1 : REQUESTS + 1, :LENGTH] = slots.to(torch.int32)
+        self.slots = slots
+        self.tokens = torch.randint(0, VOCABULARY, (REQUESTS, LENGTH), device="cuda")
+        self.table = CandidateTable(REQUESTS + 1, LENGTH, "cuda")
+        for request in range(REQUESTS):
+            positions = torch.arange(LENGTH, device="cuda")
+            self.table.write(torch.full_like(positions, request + 1), positions, self.tokens[request])
+        self.buffers = [
+            get(layer)
+            for layer in range(runner.token_to_kv_pool.layer_num)
+            for get in (runner.token_to_kv_pool.get_key_buffer, runner.token_to_kv_pool.get_value_buffer)
+        ]
+
+    def segments(self, choice: random.Random) -> list[Any]:
+        """Up to G random segments, some of them of known tokens."""
+        from sglang_ext.llm42.canonical_pass import PassSegment
+        from sglang_ext.llm42.lane import SegmentKind
+
+        found = []
+        for request in choice.sample(range(REQUESTS), choice.randint(1, REQUESTS)):
+            start, rows = choice.randrange(LENGTH - ROWS), choice.randint(1, ROWS)
+            known = choice.random() < 0.5
+            tokens = self.tokens[request, start : start + rows].tolist() if known else ()
+            kind = SegmentKind.PROMPT if known else SegmentKind.VERIFY
+            found.append(PassSegment(kind, request + 1, start, tokens, rows))
+        return found
+
+    def fill(self, seed: int, beyond: float) -> None:
+        """Give the requests' slots random keys and values, and all others ``beyond``, slot 0 apart."""
+        generator = torch.Generator("cuda").manual_seed(seed)
+        for buffer in self.buffers:
+            buffer[1:] = beyond
+            shape = (REQUESTS * LENGTH, *buffer.shape[1:])
+            buffer[self.slots.view(-1)] = torch.randn(
+                shape, device="cuda", dtype=buffer.dtype, generator=generator
+            )
+
+    def used(self, logits: torch.Tensor, segments: list[Any]) -> list[torch.Tensor]:
+        return [logits[g, : segment.rows].clone() for g, segment in enumerate(segments)]
+
+
+def _run(canonical_pass: Any, requests: Requests, segments: list[Any], seed: int, beyond: float = 0.0) -> Any:
+    """Logits of the rows in use, and all keys and values afterwards, padding slot apart."""
+    requests.fill(seed, beyond)
+    logits = requests.used(canonical_pass.run(segments, requests.table), segments)
+    cache = [buffer[requests.slots.view(-1)].clone() for buffer in requests.buffers]
+    return logits + cache
+
+
+def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    assert first and not any(tensor.isnan().any() for tensor in first)
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_graph_has_the_bits_of_the_eager_pass(runner: Any, captured: Any) -> None:
+    requests, choice = Requests(runner), random.Random(1)
+    results = []
+    for number in range(20):
+        segments = requests.segments(choice)
+        graph = _run(captured, requests, segments, number)
+        assert _equal(graph, _run(captured.eager, requests, segments, number))
+        results.append(graph[0])
+    assert len({tuple(result.flatten()[:50].tolist()) for result in results}) > 15
+
+
+def test_replay_after_other_work(runner: Any, captured: Any) -> None:
+    requests, choice = Requests(runner), random.Random(2)
+    segments = requests.segments(choice)
+    first = _run(captured, requests, segments, 0)
+    other = torch.cuda.Stream()
+    for number in range(10):
+        captured.run(requests.segments(choice), requests.table)
+        # Work that goes on beside the pass, with libraries' workspaces and memory of its own.
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            a = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+            for _ in range(20):
+                a = (a @ a).tanh_()
+        again = _run(captured, requests, segments, 0)
+        assert _equal(first, again), number
+
+
+def test_nan_in_slots_of_others_reaches_nobody(runner: Any, captured: Any) -> None:
+    requests, choice = Requests(runner), random.Random(3)
+    for number in range(10):
+        segments = requests.segments(choice)
+        clean = _run(captured, requests, segments, number)
+        assert _equal(clean, _run(captured, requests, segments, number, beyond=float("nan")))
+
+
+def test_rows_do_not_depend_on_their_place(runner: Any, captured: Any) -> None:
+    requests, choice = Requests(runner), random.Random(4)
+    for number in range(10):
+        segments = requests.segments(choice)
+        order = choice.sample(range(len(segments)), len(segments))
+        straight = _run(captured, requests, segments, number)[: len(segments)]
+        shuffled = _run(captured, requests, [segments[i] for i in order], number)[: len(segments)]
+        assert _equal([straight[i] for i in order], shuffled)
+
+
+def test_launching_waits_for_nothing(runner: Any, captured: Any) -> None:
+    requests, choice = Requests(runner), random.Random(5)
+    prepared = [requests.segments(choice) for _ in range(5)]
+    captured.run(prepared[0], requests.table)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for segments in prepared:
+            captured.run(segments, requests.table)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_plans_of_passes_in_a_row_do_not_mix(runner: Any, captured: Any) -> None:
+    requests, choice = Requests(runner), random.Random(6)
+    prepared = [requests.segments(choice) for _ in range(12)]
+    requests.fill(0, 0.0)
+    for segments in prepared:
+        captured.run(
+            segments, requests.table
+        )  # writes keys and values: the second time round nothing changes
+    expected = [requests.used(captured.run(segments, requests.table), segments) for segments in prepared]
+    torch.cuda._sleep(200_000_000)  # the device falls behind the host
+    launched = [requests.used(captured.run(segments, requests.table), segments) for segments in prepared]
+    assert all(_equal(a, b) for a, b in zip(expected, launched, strict=True))
+
+
+def test_certificate_is_of_the_graph(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_ext.doctor.certify import certify, certify_quickly
+
+    whole = certify_quickly(captured)
+    assert whole.passed
+    original = captured.run
+
+    def last_row_off(*args: Any) -> torch.Tensor:
+        logits = original(*args).clone()
+        logits[-1, -1, 0] += 1
+        logits[0, 0, 0] += 1
+        return logits
+
+    # Only the graph is wrong: the operators, watched eagerly, all pass.
+    monkeypatch.setattr(captured, "run", last_row_off)
+    assert not certify(captured).passed
+    assert not certify(captured, quick=True).passed
+
+
+def test_what_cannot_be_captured_is_said(runner: Any) -> None:
+    from sglang_ext.llm42.attention import canonical_attention_factory
+    from sglang_ext.llm42.canonical_graph import CaptureError, canonical_pass_for
+    from sglang_ext.llm42.lane import LaneConfig
+
+    def waiting_attention(*args: Any) -> Any:
+        backend: Any = canonical_attention_factory(runner)(*args)
+        forward = backend.forward_extend
+
+        def forward_extend(q: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
+            q.sum().item()
+            return forward(q, *rest, **kwargs)
+
+        backend.forward_extend = forward_extend
+        return backend
+
+    with pytest.raises(
+        CaptureError, match=r"--enable-llm42: the canonical pass of 2 segments of 16 rows could not"
+    ):
+        canonical_pass_for(runner, LaneConfig(ROWS, 2), waiting_attention)
