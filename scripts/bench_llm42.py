@@ -538,7 +538,7 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequ
         "",
         f"    {shlex.join(['python', *sys.argv])}",
         "",
-        f"Servers: `{shlex.join(flags)}`",
+        f"Servers: `{shlex.join('MODEL' if flag.startswith(tempfile.gettempdir()) else flag for flag in flags)}`",
         "",
         serving.table(("machine", ""), machine.items()),
         "",
