@@ -520,6 +520,11 @@ def device_name() -> str:
         return ""
 
 
+def _without_paths(flags: Sequence[str]) -> list[str]:
+    """Flags without the folder of the random model, which is another one every time."""
+    return ["MODEL" if flag.startswith(tempfile.gettempdir()) else flag for flag in flags]
+
+
 def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequence[str]) -> str:
     """The Markdown report."""
     machine = {"GPU": device_name() or "none", **serving.machine()}
@@ -538,7 +543,7 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequ
         "",
         f"    {shlex.join(['python', *sys.argv])}",
         "",
-        f"Servers: `{shlex.join('MODEL' if flag.startswith(tempfile.gettempdir()) else flag for flag in flags)}`",
+        f"Servers: `{shlex.join(_without_paths(flags))}`",
         "",
         serving.table(("machine", ""), machine.items()),
         "",
