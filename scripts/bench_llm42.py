@@ -65,6 +65,9 @@ LLAMA_8B: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+#: Requests of an online cell, of those of an offline one.
+ONLINE_PART = 0.3
+
 #: Token ids of prompts; below every vocabulary that is measured.
 VOCABULARY = 32_000
 
@@ -77,12 +80,14 @@ class Shape:
         text: where they come from, for the report.
         prompt, answer: mean length in tokens.
         spread: standard deviation of the logarithm of a length; 0 for fixed lengths.
+        part: of --requests that a cell has, so that cells take about as long.
     """
 
     text: str
     prompt: int
     answer: int
     spread: float = 0.0
+    part: float = 1.0
 
     def lengths(self, count: int, seed: int, scale: float) -> list[tuple[int, int]]:
         """Prompt and answer lengths of ``count`` requests."""
@@ -107,9 +112,9 @@ SHAPES = {
         200,
         1.0,
     ),
-    "1k-256": Shape("1,024 tokens in, 256 out", 1024, 256),
-    "1k-1k": Shape("1,024 tokens in, 1,024 out", 1024, 1024),
-    "4k-1k": Shape("4,096 tokens in, 1,024 out", 4096, 1024),
+    "1k-256": Shape("1,024 tokens in, 256 out", 1024, 256, part=0.35),
+    "1k-1k": Shape("1,024 tokens in, 1,024 out", 1024, 1024, part=0.15),
+    "4k-1k": Shape("4,096 tokens in, 1,024 out", 4096, 1024, part=0.05),
 }
 
 
@@ -305,7 +310,8 @@ def measure(cell: Cell, server: Server, count: int, scale: float) -> Result:
     Raises:
         ServingError: a request failed.
     """
-    work = workload(SHAPES[cell.shape], count, scale)
+    part = SHAPES[cell.shape].part * (ONLINE_PART if cell.rate else 1)
+    work = workload(SHAPES[cell.shape], max(1, round(count * part)), scale)
     percent = CONTENDERS[cell.contender].percent
     marked = [is_marked(index, percent) for index in range(len(work))]
     server.client.flush_cache()
@@ -392,15 +398,14 @@ def start(
 
 
 def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
-    """All cells in order of worth."""
-    contenders = arguments.contenders.split(",")
+    """All cells in order of worth: the online ones come after the first round."""
     for number in range(arguments.rounds):
         for shape in arguments.shapes.split(","):
-            for contender in contenders:
+            for contender in arguments.contenders.split(","):
                 yield Cell(shape, contender, number)
-    for rate in filter(None, arguments.rates.split(",")):
-        for contender in contenders:
-            yield Cell(arguments.shapes.split(",")[0], contender, 0, float(rate))
+        for rate in filter(None, arguments.rates.split(",") if number == 0 else ()):
+            for contender in arguments.online_contenders.split(","):
+                yield Cell(arguments.shapes.split(",")[0], contender, 0, float(rate))
 
 
 def differences(results: Sequence[Result]) -> dict[str, tuple[int, int]]:
@@ -417,10 +422,11 @@ def differences(results: Sequence[Result]) -> dict[str, tuple[int, int]]:
         for kind, indices in kinds:
             for index in indices:
                 key = (kind, result.cell.shape, index)
-                expected = first.setdefault(key, result.outputs[index])
-                if expected is not result.outputs[index]:
-                    found[kind][0] += 1
-                    found[kind][1] += expected != result.outputs[index]
+                if key not in first:
+                    first[key] = result.outputs[index]
+                    continue
+                found[kind][0] += 1
+                found[kind][1] += first[key] != result.outputs[index]
     return {kind: (compared, differing) for kind, (compared, differing) in found.items()}
 
 
@@ -514,6 +520,11 @@ def device_name() -> str:
         return ""
 
 
+def _without_paths(flags: Sequence[str]) -> list[str]:
+    """Flags without the folder of the random model, which is another one every time."""
+    return ["MODEL" if flag.startswith(tempfile.gettempdir()) else flag for flag in flags]
+
+
 def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequence[str]) -> str:
     """The Markdown report."""
     machine = {"GPU": device_name() or "none", **serving.machine()}
@@ -532,7 +543,7 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequ
         "",
         f"    {shlex.join(['python', *sys.argv])}",
         "",
-        f"Servers: `{shlex.join(flags)}`",
+        f"Servers: `{shlex.join(_without_paths(flags))}`",
         "",
         serving.table(("machine", ""), machine.items()),
         "",
@@ -606,24 +617,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", default="sharegpt-like,1k-256", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--contenders", default=DEFAULT_CONTENDERS, help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--requests", type=int, default=400, help="of a cell")
+    parser.add_argument(
+        "--requests", type=int, default=768, help="of a cell; shapes with long ones have a part"
+    )
     parser.add_argument("--rates", default="", help="requests per second of online cells, such as 4,8")
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--online-contenders", default="stock,ours-100", help="of online cells")
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--layers", type=int, default=32, help="of the random model")
-    parser.add_argument("--open-share", type=float, default=0.2, help="see scripts/random_weights")
+    parser.add_argument("--open-share", type=float, default=0.1, help="see scripts/random_weights")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of all lengths, for a trial")
-    parser.add_argument("--server-flags", default="--max-total-tokens 160000", help="of all servers")
+    parser.add_argument(
+        "--server-flags",
+        default="--max-total-tokens 120000 --max-running-requests 256",
+        help="of all servers",
+    )
     parser.add_argument("--ours-flags", default="", help="of ours")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument("--wait-for", type=Path, help="measure once this file exists, servers being up")
     parser.add_argument("--state", type=Path, default=STATE, help="where results are kept")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="path without suffix")
     arguments = parser.parse_args(argv)
-    for option, known in (("shapes", SHAPES), ("contenders", CONTENDERS)):
+    known_options = (("shapes", SHAPES), ("contenders", CONTENDERS), ("online_contenders", CONTENDERS))
+    for option, known in known_options:
         unknown = set(getattr(arguments, option).split(",")) - set(known)
         if unknown:
-            parser.error(f"--{option}: {', '.join(sorted(unknown))} unknown; choose from {', '.join(known)}")
+            parser.error(
+                f"--{option.replace('_', '-')}: {sorted(unknown)} unknown; choose from {list(known)}"
+            )
     if min(arguments.rounds, arguments.requests) < 1:
         parser.error("--rounds and --requests must be at least 1")
     return arguments

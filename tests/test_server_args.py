@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from sglang_ext import hooks, launch_server
 from sglang_ext.llm42 import requirements
+from sglang_ext.llm42.config import Llm42Config
 
 hooks.install(hooks.Feature.FLAGS)
 
@@ -40,11 +41,14 @@ def test_flags_reach_the_arguments() -> None:
     args = _parse(
         *("--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-batch-size", "2"),
         *("--llm42-max-wait-steps", "7", "--llm42-mark-all", "--max-running-requests", "5"),
+        "--llm42-disable-overlap-verification",
     )
     assert isinstance(args, ServerArgs)
     assert args.enable_llm42 is True
     assert (args.llm42_window_size, args.llm42_verify_batch_size, args.llm42_max_wait_steps) == (16, 2, 7)
     assert args.llm42_mark_all is True
+    assert args.llm42_disable_overlap_verification is True
+    assert Llm42Config.from_server_args(args).overlap_verification is False
     assert args.max_running_requests == 5
 
 
@@ -53,6 +57,7 @@ def test_defaults() -> None:
     assert args.enable_llm42 is False
     assert (args.llm42_window_size, args.llm42_verify_batch_size) == (64, 8)
     assert args.llm42_mark_all is False
+    assert Llm42Config.from_server_args(args).overlap_verification is True
 
 
 @pytest.mark.parametrize("mode", ["1", "2", "3"])

@@ -94,6 +94,7 @@ class CapturedCanonicalPass:
 
         started = time.perf_counter()
         free, _ = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
         try:
             with graph_capture(stream=self.stream):
                 self.eager.attention.init_forward_metadata(self._batch)
@@ -109,7 +110,7 @@ class CapturedCanonicalPass:
                 f"not be captured in a CUDA graph ({free / GIB:.1f} GiB were free): {type(error).__name__}: "
                 f"{error}. If memory ran out, lower --mem-fraction-static or --llm42-verify-batch-size."
             ) from error
-        self.memory_gib = (free - torch.cuda.mem_get_info()[0]) / GIB
+        self.memory_gib = (torch.cuda.memory_reserved() - reserved) / GIB
         logger.info(
             "Canonical pass of %d x %d rows captured in a CUDA graph: %.2f GiB, %.1f s, %.1f GiB left",
             self.segments,

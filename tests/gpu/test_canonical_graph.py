@@ -174,15 +174,20 @@ def test_launching_waits_for_nothing(runner: Any, captured: Any) -> None:
 def test_plans_of_passes_in_a_row_do_not_mix(runner: Any, captured: Any) -> None:
     requests, choice = Requests(runner), random.Random(6)
     prepared = [requests.segments(choice) for _ in range(12)]
-    requests.fill(0, 0.0)
-    for segments in prepared:
-        captured.run(
-            segments, requests.table
-        )  # writes keys and values: the second time round nothing changes
-    expected = [requests.used(captured.run(segments, requests.table), segments) for segments in prepared]
-    torch.cuda._sleep(200_000_000)  # the device falls behind the host
-    launched = [requests.used(captured.run(segments, requests.table), segments) for segments in prepared]
-    assert all(_equal(a, b) for a, b in zip(expected, launched, strict=True))
+
+    def run_all(delay: int) -> list[list[torch.Tensor]]:
+        requests.fill(0, 0.0)
+        torch.cuda.synchronize()
+        if delay:
+            torch.cuda._sleep(delay)  # the device falls behind the host
+            return [requests.used(captured.run(each, requests.table), each) for each in prepared]
+        results = []
+        for each in prepared:
+            results.append(requests.used(captured.run(each, requests.table), each))
+            torch.cuda.synchronize()
+        return results
+
+    assert all(_equal(a, b) for a, b in zip(run_all(0), run_all(200_000_000), strict=True))
 
 
 def test_certificate_is_of_the_graph(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None:

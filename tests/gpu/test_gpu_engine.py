@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,18 +51,19 @@ def engine(request: pytest.FixtureRequest, model: Path, watch_file: Path) -> Ite
     import sglang
 
     environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(WATCH), os.environ.get("PYTHONPATH", "")])),
         "SYNC_WATCH_FILE": str(watch_file),
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1" if request.param == "little-kv" else "0",
     }
+    # Processes that the engine spawns take over sys.path.
+    sys.path.insert(0, str(WATCH))
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     made: Any = sglang.Engine(
         model_path=str(model),
         skip_tokenizer_init=True,
         attention_backend="flashinfer",
-        mem_fraction_static=0.2,
+        mem_fraction_static=0.8,
         max_running_requests=64,
         cuda_graph_max_bs_decode=64,
         cuda_graph_backend_prefill="disabled",
@@ -73,6 +75,7 @@ def engine(request: pytest.FixtureRequest, model: Path, watch_file: Path) -> Ite
     made.kind = request.param
     yield made
     made.shutdown()
+    sys.path.remove(str(WATCH))
     for name, value in before.items():
         if value is None:
             del os.environ[name]
