@@ -285,6 +285,18 @@ def leftovers(nodes: Nodes) -> str:
     return line.removeprefix("LEFT").strip()
 
 
+def pid_of_rank(nodes: Nodes, tp_rank: int) -> int:
+    """Process id of the one live rank with this number."""
+    code = (
+        "from ray._private.state import actors\n"
+        f"print('PID', *[a['Pid'] for a in actors().values() if a['State'] == 'ALIVE'"
+        f" and '_tp{tp_rank}_' in a['Name']])"
+    )
+    line = next(line for line in nodes.ray(code).splitlines() if line.startswith("PID"))
+    (pid,) = line.split()[1:]
+    return int(pid)
+
+
 def _connected(address: str, code: str) -> str:
     start = f"import ray\nray.init({address!r}, log_to_driver=False, logging_level='ERROR')\n"
     return f"{start}{code}\nray.shutdown()\n"

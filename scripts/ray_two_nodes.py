@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
-from ray_nodes import FakeNodes, Namespaces, Nodes, leftovers, why_no_namespaces
+from ray_nodes import FakeNodes, Namespaces, Nodes, leftovers, pid_of_rank, why_no_namespaces
 from serving import machine, say, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -236,7 +236,8 @@ class Check:
             self.facts["64 requests, two nodes"] = f"{time.monotonic() - start:.1f} s"
             self.facts["canonical fingerprint, two nodes"] = server.fingerprint()[:16]
             self.facts["rollbacks, two nodes"] = str(server.statistics()["rollbacks"])
-            known, back = self._lose(server, lambda: os.kill(pid_of_rank(1), signal.SIGKILL), back=True)
+            pid = pid_of_rank(nodes, 1)
+            known, back = self._lose(server, lambda: os.kill(pid, signal.SIGKILL), back=True)
             after = self._compare(server, "after the restart")
             self.rows.append(("process of rank 1 killed, restart", known, back, f"{before}, then {after}"))
             server.process.send_signal(signal.SIGTERM)
@@ -326,22 +327,6 @@ class Check:
                 "",
             ]
         )
-
-
-def pid_of_rank(tp_rank: int) -> int:
-    """The one scheduler process with this rank that Ray has started on this machine."""
-    import psutil
-
-    title = f"sglang::scheduler_TP{tp_rank}"
-    found = [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if title in " ".join(process.info["cmdline"] or ())
-        and any("raylet" in parent.name() for parent in process.parents())
-    ]
-    if len(found) != 1:
-        raise CheckError(f"{len(found)} processes are called {title}")
-    return found[0]
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from typing import TypeVar
 import pytest
 import requests
 from live_server import REQUEST_TIMEOUT_S, Output, Request, Server, ServerError, running
-from ray_nodes import FakeNodes, Namespaces, Nodes, leftovers, why_no_namespaces
+from ray_nodes import FakeNodes, Namespaces, Nodes, leftovers, pid_of_rank, why_no_namespaces
 from workloads import LLM42_FLAGS, ONE_THREAD, marked, random_prompts
 
 from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_RANK_LOST
@@ -97,7 +97,7 @@ def test_two_nodes_give_the_output_of_one_and_survive_a_rank(
 ) -> None:
     with running(_server(random_llama, logs, fake, "--ray-on-failure", "restart")) as server:
         assert _together(server) == expected
-        os.kill(_pid_of_rank(1), signal.SIGKILL)
+        os.kill(pid_of_rank(fake, 1), signal.SIGKILL)
         _wait_until_refused(server)
         server.wait_until_ready()
         assert _together(server) == expected
@@ -202,24 +202,6 @@ def _in_flight(server: Server) -> Iterator[Callable[[float], requests.Response]]
         while not server.statistics()["decode_steps"]:
             time.sleep(0.05)
         yield lambda seconds: future.result(seconds)
-
-
-def _pid_of_rank(tp_rank: int) -> int:
-    """Of the one scheduler process with this rank on this machine that Ray has started."""
-    import psutil
-
-    title = f"sglang::scheduler_TP{tp_rank}"
-    found = [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if title in " ".join(process.info["cmdline"] or ()) and _below_raylet(process)
-    ]
-    assert len(found) == 1, found
-    return found[0]
-
-
-def _below_raylet(process: object) -> bool:
-    return any("raylet" in parent.name() for parent in process.parents())  # type: ignore[attr-defined]
 
 
 def _wait_until_refused(server: Server) -> None:
