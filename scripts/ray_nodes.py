@@ -25,7 +25,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 #: Cores of a node, as Ray counts them: more than one rank on a node is possible, but none is asked for.
 CPUS = 2
 
-#: Ray's health checks, shorter than its defaults (5 s, 3 s, 10 s, 5 times), to learn soon that a cable is cut.
+#: Ray's health checks, shorter than its defaults (5 s, 3 s, 10 s, 5 times), to learn soon of a cut cable.
 HEALTH_CHECKS = (
     '{"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, '
     '"health_check_timeout_ms": 2000, "health_check_failure_threshold": 3}'
@@ -126,11 +126,12 @@ class Namespaces:
         role += ["--system-config", HEALTH_CHECKS]
         if node:
             role = ["--address", self.address]
+        size = ["--num-cpus", str(CPUS), "--num-gpus", "0"]
+        size += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
+        size += ["--node-ip-address", f"{self.NETWORK}.{node + 1}"]
         self._on(
             node,
-            [*_program("ray.scripts.scripts"), "start", *role, "--disable-usage-stats"]
-            + ["--node-ip-address", f"{self.NETWORK}.{node + 1}", "--num-cpus", str(CPUS), "--num-gpus", "0"]
-            + ["--object-store-memory", str(OBJECT_STORE_BYTES)],
+            [*_program("ray.scripts.scripts"), "start", *role, *size, "--disable-usage-stats"],
         )
         return node
 
@@ -147,7 +148,7 @@ class Namespaces:
             ["route", "add", "default", "via", self.GATEWAY],
         ):
             _run([*inside, *step])
-        # The process that keeps the host's mounts and name; Ray's folder and shared memory are the host's own.
+        # Keeps the host's mounts and name; Ray's folder and shared memory are the host's own.
         script = (
             "mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm && "
             f"hostname {name} && echo ready && exec sleep infinity"
@@ -316,7 +317,12 @@ def _run(command: Sequence[str], timeout: float = 30, env: Mapping[str, str] | N
 
     with tempfile.TemporaryFile("w+") as output:
         done = subprocess.run(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=timeout, env=env
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
+            env=env,
         )
         output.seek(0)
         text = output.read()

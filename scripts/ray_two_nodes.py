@@ -28,6 +28,8 @@ import requests
 from ray_nodes import FakeNodes, Namespaces, Nodes, leftovers, pid_of_rank, why_no_namespaces
 from serving import machine, say, table
 
+from sglang_ext.ray.status import EXIT_RANK_LOST
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
@@ -40,7 +42,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 FLAGS = ("--tp-size", "2", "--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-batch-size", "4")
 FLAGS += ("--max-total-tokens", "8192", "--skip-tokenizer-init", "--skip-server-warmup")
-ON_RAY = (*FLAGS, "--use-ray", "--nnodes", "2", "--ray-on-failure")
+ON_RAY = (*FLAGS, "--use-ray", "--nnodes", "2", "--ray-on-failure", "restart")
 
 
 class CheckError(RuntimeError):
@@ -114,6 +116,10 @@ class Server:
         """The canonical fingerprint."""
         states = requests.get(f"{self.url}/server_info", timeout=60).json()["internal_states"]
         return str(states[0]["llm42_fingerprint"])
+
+    def losses(self) -> int:
+        """How often the supervisor has seen the server end because it lost a rank."""
+        return self.log.read_text(errors="replace").count(f"ended with status {EXIT_RANK_LOST}")
 
     def stop(self) -> None:
         """End it and all of its processes."""
@@ -190,23 +196,24 @@ class Check:
             CheckError: something is not as it should be.
         """
         self._one_node()
-        self._rank_killed()
-        self._node_killed()
-        if self._nodes_class is Namespaces:
-            self._cable_cut()
+        nodes = self._nodes_class(self._folder)
+        try:
+            nodes.add()
+            with serving(self._server(ON_RAY, nodes)) as server:
+                self._two_nodes(server)
+                self._rank_killed(server, nodes)
+                self._node_killed(server, nodes)
+                if isinstance(nodes, Namespaces):
+                    self._cable_cut(server, nodes)
+                server.process.send_signal(signal.SIGTERM)
+                server.process.wait(120)
+                self._no_leftovers(nodes)
+        finally:
+            nodes.stop()
 
     def _server(self, flags: Sequence[str], nodes: Nodes | None = None) -> Server:
         self._starts += 1
         return Server(self.model, self._folder / f"server-{self._starts}.log", flags, nodes)
-
-    @contextmanager
-    def _two_nodes(self) -> Iterator[Nodes]:
-        nodes = self._nodes_class(self._folder)
-        try:
-            nodes.add()
-            yield nodes
-        finally:
-            nodes.stop()
 
     def _one_node(self) -> None:
         say("One node, without Ray")
@@ -219,6 +226,16 @@ class Check:
         if len(set(self.expected)) != PROMPTS:
             raise CheckError("two of the prompts have the same output: the comparison would show little")
 
+    def _two_nodes(self, server: Server) -> None:
+        say("Two nodes")
+        self.facts["start, two nodes"] = f"{server.wait_until_ready():.0f} s"
+        start = time.monotonic()
+        same = self._compare(server, "two nodes")
+        self.facts["64 requests, two nodes"] = f"{time.monotonic() - start:.1f} s"
+        self.facts["canonical fingerprint, two nodes"] = server.fingerprint()[:16]
+        self.facts["rollbacks, two nodes"] = str(server.statistics()["rollbacks"])
+        self.rows.append(("two nodes, nothing lost", "-", "-", same))
+
     def _compare(self, server: Server, when: str) -> str:
         outputs = server.outputs(self.bodies)
         same = sum(a == b for a, b in zip(self.expected, outputs, strict=True))
@@ -227,78 +244,51 @@ class Check:
             raise CheckError(f"{when}: only {same} of {PROMPTS} outputs are those of one node")
         return f"{same} of {PROMPTS}"
 
-    def _rank_killed(self) -> None:
-        say("Two nodes; a rank's process is killed; --ray-on-failure restart")
-        with self._two_nodes() as nodes, serving(self._server((*ON_RAY, "restart"), nodes)) as server:
-            self.facts["start, two nodes"] = f"{server.wait_until_ready():.0f} s"
-            start = time.monotonic()
-            before = self._compare(server, "two nodes")
-            self.facts["64 requests, two nodes"] = f"{time.monotonic() - start:.1f} s"
-            self.facts["canonical fingerprint, two nodes"] = server.fingerprint()[:16]
-            self.facts["rollbacks, two nodes"] = str(server.statistics()["rollbacks"])
-            pid = pid_of_rank(nodes, 1)
-            known, back = self._lose(server, lambda: os.kill(pid, signal.SIGKILL), back=True)
-            after = self._compare(server, "after the restart")
-            self.rows.append(("process of rank 1 killed, restart", known, back, f"{before}, then {after}"))
-            server.process.send_signal(signal.SIGTERM)
-            server.process.wait(90)
-            self._no_leftovers(nodes)
+    def _rank_killed(self, server: Server, nodes: Nodes) -> None:
+        say("The process of rank 1 is killed")
+        pid = pid_of_rank(nodes, 1)
+        self._lose("process of rank 1 killed", server, lambda: os.kill(pid, signal.SIGKILL))
 
-    def _node_killed(self) -> None:
-        say("Two nodes; one is killed; --ray-on-failure exit")
-        with self._two_nodes() as nodes, serving(self._server((*ON_RAY, "exit"), nodes)) as server:
-            server.wait_until_ready()
-            known, _ = self._lose(server, lambda: nodes.kill(1), back=False)
-            status = server.process.wait(60)
-            if status != 75:
-                raise CheckError(f"the server ended with status {status}, not 75")
-            self.rows.append(("node killed, exit", known, "exit status 75", "-"))
-            self._no_leftovers(nodes)
+    def _node_killed(self, server: Server, nodes: Nodes) -> None:
+        say("Node 1 is killed; node 2 joins afterwards")
+        self._lose("node killed, another joins late", server, lambda: nodes.kill(1), nodes.add)
 
-    def _cable_cut(self) -> None:
-        say("Two hosts; a cable is cut, another host joins 10 s later; --ray-on-failure restart")
-        with self._two_nodes() as nodes, serving(self._server((*ON_RAY, "restart"), nodes)) as server:
-            assert isinstance(nodes, Namespaces)
-            server.wait_until_ready()
-
-            def cut() -> None:
-                nodes.cut(1)
-
-            def join() -> None:
-                time.sleep(10)
-                nodes.add()
-
-            known, back = self._lose(server, cut, back=True, meanwhile=join)
-            after = self._compare(server, "on the late joiner")
-            self.rows.append(("cable cut, host joins 10 s later, restart", known, back, after))
+    def _cable_cut(self, server: Server, nodes: Namespaces) -> None:
+        say("The cable of node 2 is cut; node 3 joins afterwards")
+        self._lose("cable cut, another node joins late", server, lambda: nodes.cut(2), nodes.add)
 
     def _lose(
         self,
+        case: str,
         server: Server,
         how: Callable[[], None],
-        back: bool,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> tuple[str, str]:
-        """Lose a rank during a request; seconds until the client knew, and until the server answered again."""
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Lose a rank during a request: when did the client know, when was service back, what comes then?"""
         before = server.statistics()["decode_steps"]
+        lost_before = server.losses()
         with ThreadPoolExecutor(1) as pool:
             answer: Future[requests.Response] = pool.submit(server.post, LONG)
             while server.statistics()["decode_steps"] < before + 5:
                 time.sleep(0.05)
             start = time.monotonic()
             how()
-            status = answer.result(120).status_code
+            status = answer.result(180).status_code
             known = time.monotonic() - start
+        say(f"  the client knew after {known:.1f} s: status {status}")
         if status != 503:
-            raise CheckError(f"the request in flight got status {status}, not 503")
+            raise CheckError(f"{case}: the request in flight got status {status}, not 503")
+        while server.losses() == lost_before:
+            time.sleep(0.1)
+        ended = time.monotonic() - start
         meanwhile()
-        if back:
-            while server._answers():  # the lost server, for a moment
-                time.sleep(0.1)
-            server.wait_until_ready()
-        total = time.monotonic() - start
-        say(f"  the client knew after {known:.1f} s" + (f", service was back after {total:.0f} s" if back else ""))
-        return f"{known:.1f} s (503)", f"{total:.0f} s"
+        ready = time.monotonic() - start
+        server.wait_until_ready()
+        back = time.monotonic() - start
+        say(f"  the server ended after {ended:.1f} s, service was back after {back:.0f} s")
+        joined = "" if meanwhile.__name__ == "<lambda>" else f", the node had joined after {ready:.0f} s"
+        same = self._compare(server, "afterwards")
+        self.rows.append((case, f"{known:.1f} s (503)", f"{back:.0f} s{joined}", same))
 
     def _no_leftovers(self, nodes: Nodes) -> None:
         for _ in range(60):
@@ -315,9 +305,9 @@ class Check:
             [
                 "# Two Ray nodes on one machine",
                 "",
-                f"`python scripts/ray_two_nodes.py`, nodes: {kind}. TP=2 over gloo, LLM-42 with W=16 and G=4, a random",
-                f"Llama with 4 layers; {PROMPTS} deterministic prompts, {NEW_TOKENS} new tokens each, 16 at once,",
-                "against the outputs of a server without Ray on one node. Other work ran on the same cores.",
+                f"`python scripts/ray_two_nodes.py`, nodes: {kind}. TP=2 over gloo, LLM-42 with W=16,",
+                f"G=4, a random Llama with 4 layers; {PROMPTS} deterministic prompts, {NEW_TOKENS} new tokens",
+                "each, 16 at once, against the outputs of a server without Ray on one node.",
                 "",
                 table(header, self.rows),
                 "",
@@ -331,7 +321,9 @@ class Check:
 
 def main() -> int:
     """Run the check; 1 if it failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nodes", choices=("auto", "namespaces", "fake"), default="auto")
     parser.add_argument("--report", type=Path, help="Markdown file to write")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from sglang_ext import hooks
 from sglang_ext.ray import requirements as ray_requirements
-from sglang_ext.ray.serve import serve as serve_on_ray
+from sglang_ext.ray import serve as ray_serve
 
 if TYPE_CHECKING:
     from sglang_ext.server_args import ServerArgs
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         is not supported; those of sglang_ext.ray.status with --use-ray.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if ray_serve.wants_supervisor(arguments):
+        ray_serve.become_supervisor(ray_serve.max_restarts_in(arguments), arguments)
     if reason := hooks.unsupported_version_reason():
         return _refuse(reason)
     try:
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (hooks.HookError, ValueError, OSError) as error:
         return _refuse(str(error))
     if server_args.use_ray:
-        return serve_on_ray(PROGRAM, server_args, arguments)
+        return ray_serve.serve(PROGRAM, server_args, arguments)
     _serve(server_args)
     return 0
 

@@ -14,8 +14,6 @@ logger = logging.getLogger(__name__)
 #: Of a fresh local cluster. Ranks talk through sockets and collectives, not through Ray's object store.
 OBJECT_STORE_BYTES = 80 * 2**20
 
-LOOPBACK = "127.0.0.1"
-
 
 class ClusterError(RuntimeError):
     """There is no Ray cluster to run on; the message says what to start or which flag to give."""
@@ -47,13 +45,26 @@ def connect(settings: RaySettings, nnodes: int) -> None:
             "--head` here, `ray start --address=...` on the others) or give --ray-address."
         )
     logger.info("No Ray cluster on this machine: starting one for this server")
+    _start_on_loopback(settings)
+
+
+def _start_on_loopback(settings: RaySettings) -> None:
+    """Start a cluster of this machine alone.
+
+    Ray takes 127.0.0.1 for the address of a network interface, unless clusters are switched off as a whole:
+    its switch for systems where it supports none, in this process and in those that it starts.
+    """
+    import ray
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         address="local",
         namespace=settings.namespace,
         logging_level=logging.WARNING,
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        _node_ip_address=LOOPBACK,
     )
 
 

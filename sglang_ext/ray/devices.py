@@ -29,7 +29,7 @@ def ordinal_of(assigned: str, visible: str | None) -> int:
 
 
 def as_ordinals(result: dict[str, list[str]], context: Any) -> dict[str, list[str]]:
-    """After ``RuntimeContext.get_accelerator_ids`` in a rank: GPUs as ordinals, which SGLang takes them for."""
+    """After ``RuntimeContext.get_accelerator_ids`` in a rank: GPUs as ordinals, as SGLang takes them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ordinals = [str(ordinal_of(assigned, visible)) for assigned in result.get("GPU", [])]
     return {**result, "GPU": ordinals}

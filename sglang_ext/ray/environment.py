@@ -49,8 +49,8 @@ NOT_HANDED_ON = (
 #: Handed on, but not compared between ranks: Ray adds to the path.
 NOT_COMPARED = ("PYTHONPATH",)
 
-#: Ray narrows CUDA_VISIBLE_DEVICES to the one GPU of each actor. Tensor-parallel ranks of a node must see each
-#: other's GPU, so they keep the whole list and choose by ordinal (devices.py).
+#: Ray narrows CUDA_VISIBLE_DEVICES to the one GPU of each actor. Ranks of a node must see each other's
+#: GPU, so they keep the whole list and choose by ordinal (devices.py).
 KEEP_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
@@ -67,7 +67,5 @@ def handed_on(environment: Mapping[str, str], extra: Sequence[str] = ()) -> dict
 
 
 def compared(environment: Mapping[str, str]) -> dict[str, str]:
-    """The part of a rank's environment that must be the same on all ranks; what --ray-env names may be secret."""
-    return {
-        name: value for name, value in handed_on(environment).items() if name not in NOT_COMPARED
-    }
+    """The part of a rank's environment that must be the same everywhere; --ray-env may name secrets."""
+    return {name: value for name, value in handed_on(environment).items() if name not in NOT_COMPARED}

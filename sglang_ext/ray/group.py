@@ -146,7 +146,9 @@ class Group:
             seconds = self.settings.start_timeout
             return f"the ranks were not ready within --ray-start-timeout {seconds:g} s."
         if "No module named 'sglang_ext'" in str(error):
-            return "sglang_ext is not installed on a node of the cluster: all nodes need the same environment."
+            return (
+                "sglang_ext is not installed on a node of the cluster: all nodes need the same environment."
+            )
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__
 

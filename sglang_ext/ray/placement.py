@@ -41,17 +41,14 @@ def bundles(ranks: int, nnodes: int, device: str, own_node: str) -> list[dict[st
     return each
 
 
-def why_not_fitting(
-    specs: Sequence[Mapping[str, float]], ranks: int, nnodes: int, device: str
-) -> str | None:
+def why_not_fitting(specs: Sequence[Mapping[str, float]], ranks: int, nnodes: int, device: str) -> str | None:
     """Why a placement group with these bundles does not fit the server, None if it does."""
     if len(specs) < nnodes:
         return f"it has {len(specs)} bundles and --nnodes is {nnodes}"
     for index, spec in enumerate(specs[:nnodes]):
         for name, amount in bundle(ranks // nnodes, device).items():
-            if name != "CPU" or device == "cpu":
-                if spec.get(name, 0) < amount:
-                    return f"bundle {index} has {spec.get(name, 0):g} {name} and needs {amount:g}"
+            if (name != "CPU" or device == "cpu") and spec.get(name, 0) < amount:
+                return f"bundle {index} has {spec.get(name, 0):g} {name} and needs {amount:g}"
     return None
 
 

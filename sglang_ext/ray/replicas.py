@@ -3,9 +3,9 @@
     python -m sglang_ext.ray.replicas --replicas 4 --port 30000 -- --model-path ... --tp-size 8 --enable-llm42
 
 What stands behind ``--`` is the command line of ``sglang_ext.launch_server`` for each replica. Requests are
-distributed by SGLang's own router (package ``sglang-router``). Replicas are compared before the address opens:
-same versions, configuration and canonical fingerprint, so a deterministic request gets the same output from
-any of them, also when the router tries a second one because the first was lost.
+distributed by SGLang's own router (package ``sglang-router``). Replicas are compared before the address
+opens: same versions, configuration and canonical fingerprint, so a deterministic request gets the same output
+from any of them, also when the router tries a second one because the first was lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from sglang_ext.ray import agreement, cluster, placement
 from sglang_ext.ray.requirements import RESTART, RaySettings, world_size
@@ -289,7 +289,7 @@ def compare(infos: dict[str, Any]) -> None:
 
 def _route(
     options: argparse.Namespace, server_args: Any, urls: Sequence[str], check: Callable[[], None]
-) -> NoReturn | int:
+) -> int:
     """Run the router until it, or a replica, ends."""
     command = router_command(options, urls, server_args.api_key)
     router = subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)

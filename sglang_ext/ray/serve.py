@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -15,6 +16,31 @@ if TYPE_CHECKING:
     from sglang_ext.server_args import ServerArgs
 
 
+def wants_supervisor(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for a supervised server, seen without loading anything big."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--use-ray", action="store_true")
+    parser.add_argument("--ray-on-failure", nargs="?")
+    found, _ = parser.parse_known_args(arguments)
+    return found.use_ray and found.ray_on_failure == RESTART
+
+
+def become_supervisor(max_restarts: int, arguments: Sequence[str]) -> None:
+    """Replace this process by the supervisor of a server with these arguments; does not return."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    supervisor = [sys.executable, "-m", "sglang_ext.ray.supervisor", str(max_restarts)]
+    os.execv(sys.executable, [*supervisor, *arguments])
+
+
+def max_restarts_in(arguments: Sequence[str]) -> int:
+    """The last ``--ray-max-restarts``; what is wrong with it, the supervised server says."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ray-max-restarts", nargs="?")
+    value = parser.parse_known_args(arguments)[0].ray_max_restarts
+    return int(value) if str(value).isdecimal() else RaySettings.max_restarts
+
+
 def serve(program: str, server_args: ServerArgs, arguments: Sequence[str]) -> int:
     """Serve until interrupted, or until a rank is lost.
 
@@ -24,15 +50,12 @@ def serve(program: str, server_args: ServerArgs, arguments: Sequence[str]) -> in
         arguments: the command line, for a supervisor that starts the server again.
 
     Returns:
-        The exit status (:mod:`sglang_ext.ray.status`). With ``--ray-on-failure restart`` this call does not
-        return: the process becomes the supervisor.
+        The exit status (:mod:`sglang_ext.ray.status`). With ``--ray-on-failure restart`` in a configuration
+        file this call does not return: the process becomes the supervisor.
     """
     settings = RaySettings.from_server_args(server_args)
     if settings.on_failure == RESTART:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        supervisor = [sys.executable, "-m", "sglang_ext.ray.supervisor", str(settings.max_restarts)]
-        os.execv(sys.executable, [*supervisor, *arguments])
+        become_supervisor(settings.max_restarts, arguments)
     return _serve(program, server_args)
 
 

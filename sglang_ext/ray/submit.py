@@ -2,8 +2,8 @@
 
     python -m sglang_ext.ray.submit [OPTIONS] -- --model-path ... --nnodes 2 --tp-size 16 ...
 
-What stands behind ``--`` is the command line of ``sglang_ext.launch_server``; ``--use-ray`` is added. The same
-by hand: ``ray job submit -- python -m sglang_ext.launch_server --use-ray ...``.
+What stands behind ``--`` is the command line of ``sglang_ext.launch_server``; ``--use-ray`` is added. The
+same by hand: ``ray job submit -- python -m sglang_ext.launch_server --use-ray ...``.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--entrypoint-resources",
         type=_resources,
         metavar="JSON",
-        help='where the HTTP server and rank 0 run, such as \'{"accelerator_type:H100": 0.001}\' (default: the '
-        "head node, which must then have room for rank 0)",
+        help="where the HTTP server and rank 0 run, such as '{\"accelerator_type:H100\": 0.001}' (default: "
+        "the head node, which must then have room for rank 0)",
     )
     parser.add_argument("--no-wait", action="store_true", help="return once the job is taken")
     own, behind = _split(argv)

@@ -97,7 +97,7 @@ def _say(text: str) -> None:
 
 
 def server_command(arguments: Sequence[str]) -> list[str]:
-    """The server's command; the last --ray-on-failure counts, so that the server does not supervise itself."""
+    """The server's command; the last --ray-on-failure counts, so it does not supervise itself."""
     return [sys.executable, "-m", "sglang_ext.launch_server", *arguments, "--ray-on-failure", "exit"]
 
 

@@ -149,9 +149,7 @@ def register():
 
 
 def test_no_room_is_told_with_the_flag(random_llama: Path, logs: Path, fake: Nodes) -> None:
-    server = _server(
-        random_llama, logs, fake, "--nnodes", "4", "--tp-size", "4", "--ray-start-timeout", "3"
-    )
+    server = _server(random_llama, logs, fake, "--nnodes", "4", "--tp-size", "4", "--ray-start-timeout", "3")
     try:
         with pytest.raises(ServerError, match=r"--nnodes 4: no room within --ray-start-timeout 3 s"):
             server.wait_until_ready()
@@ -221,4 +219,3 @@ def _wait_for_no_leftovers(nodes: Nodes, seconds: float = 60) -> None:
     while left := leftovers(nodes):
         assert time.monotonic() < deadline, left
         time.sleep(1)
-

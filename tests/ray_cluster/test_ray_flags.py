@@ -76,8 +76,10 @@ def test_flags_that_do_not_work_on_ray_are_named(changes: dict[str, Any], words:
 @pytest.mark.parametrize("changes", [{}, {"nnodes": 2, "tp_size": 4}, {"tp_size": 2, "dp_size": 2}])
 def test_what_works_is_not_refused(changes: dict[str, Any]) -> None:
     args = _args(**changes)
-    assert not requirements.nonsense(args) + requirements.unsupported(args) + requirements.needing_ray(
-        _args(ray_start_timeout=RaySettings.start_timeout, use_ray=False)
+    assert (
+        not requirements.nonsense(args)
+        + requirements.unsupported(args)
+        + requirements.needing_ray(_args(ray_start_timeout=RaySettings.start_timeout, use_ray=False))
     )
 
 

@@ -12,14 +12,20 @@ def test_the_job_runs_the_server_on_ray(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("HF_TOKEN", "secret")
     options, flags = submit.parse(["--submission-id", "x", "--", "--model-path", "a b", "--nnodes", "2"])
     request = submit.request(options, flags)
-    assert request["entrypoint"] == "python -m sglang_ext.launch_server --use-ray --model-path 'a b' --nnodes 2"
+    assert (
+        request["entrypoint"] == "python -m sglang_ext.launch_server --use-ray --model-path 'a b' --nnodes 2"
+    )
     assert request["submission_id"] == "x" and request["entrypoint_resources"] is None
     assert request["runtime_env"]["env_vars"]["NCCL_DEBUG"] == "INFO"
-    assert "HF_TOKEN" not in request["runtime_env"]["env_vars"] and "working_dir" not in request["runtime_env"]
+    assert (
+        "HF_TOKEN" not in request["runtime_env"]["env_vars"] and "working_dir" not in request["runtime_env"]
+    )
 
 
 def test_where_the_server_runs_can_be_told() -> None:
-    options, flags = submit.parse(["--entrypoint-resources", '{"head": 0.5}', "--", "--use-ray", "--port", "1"])
+    options, flags = submit.parse(
+        ["--entrypoint-resources", '{"head": 0.5}', "--", "--use-ray", "--port", "1"]
+    )
     assert submit.request(options, flags)["entrypoint_resources"] == {"head": 0.5}
     assert flags == ["--use-ray", "--port", "1"]
 

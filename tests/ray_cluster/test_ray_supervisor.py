@@ -10,7 +10,10 @@ import threading
 import time
 from pathlib import Path
 
-from sglang_ext.ray import supervisor
+import pytest
+
+from sglang_ext.ray import serve, supervisor
+from sglang_ext.ray.requirements import RaySettings
 from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_RANK_LOST
 from sglang_ext.ray.supervisor import Supervisor
 
@@ -109,3 +112,24 @@ def test_the_supervisor_loads_nothing_big() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("--use-ray --ray-on-failure restart", True),
+        ("--model m --ray-on-failure=restart --nnodes 2 --use-ray", True),
+        ("--use-ray --ray-on-failure restart --ray-on-failure exit", False),
+        ("--use-ray", False),
+        ("--use-ray --ray-on-failure", False),
+        ("--ray-on-failure restart", False),
+    ],
+)
+def test_a_command_line_that_asks_for_it_is_seen_at_once(line: str, wanted: bool) -> None:
+    assert serve.wants_supervisor(line.split()) is wanted
+
+
+def test_the_number_of_restarts_is_read_from_the_command_line() -> None:
+    assert serve.max_restarts_in(["--ray-max-restarts", "7"]) == 7
+    for wrong in ([], ["--ray-max-restarts"], ["--ray-max-restarts", "many"]):
+        assert serve.max_restarts_in(wrong) == RaySettings.max_restarts
