@@ -34,9 +34,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 PROMPTS = 64
+
+#: What can be lost.
+CASES = ("rank", "node", "cable")
+
 VOCABULARY = 512
-NEW_TOKENS = 24
-START_TIMEOUT_S = 600
+NEW_TOKENS = 16
+START_TIMEOUT_S = 1200
 REQUEST_TIMEOUT_S = 300
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
@@ -175,11 +179,13 @@ LONG: dict[str, object] = {
 class Check:
     """The check and what it found."""
 
-    def __init__(self, nodes_class: Callable[[Path], Nodes], folder: Path) -> None:
+    def __init__(self, nodes_class: Callable[[Path], Nodes], folder: Path, cases: Sequence[str]) -> None:
         from models import write_tiny_llama
 
         self._nodes_class = nodes_class
         self._folder = folder
+        self._cases = cases
+        self._last = 1  # the newest node
         self._starts = 0
         self.rows: list[tuple[str, str, str, str]] = []
         self.facts: dict[str, str] = {}
@@ -201,10 +207,8 @@ class Check:
             nodes.add()
             with serving(self._server(ON_RAY, nodes)) as server:
                 self._two_nodes(server)
-                self._rank_killed(server, nodes)
-                self._node_killed(server, nodes)
-                if isinstance(nodes, Namespaces):
-                    self._cable_cut(server, nodes)
+                for case in self._cases:
+                    self._fail(case, server, nodes)
                 server.process.send_signal(signal.SIGTERM)
                 server.process.wait(120)
                 self._no_leftovers(nodes)
@@ -244,27 +248,28 @@ class Check:
             raise CheckError(f"{when}: only {same} of {PROMPTS} outputs are those of one node")
         return f"{same} of {PROMPTS}"
 
-    def _rank_killed(self, server: Server, nodes: Nodes) -> None:
-        say("The process of rank 1 is killed")
-        pid = pid_of_rank(nodes, 1)
-        self._lose("process of rank 1 killed", server, lambda: os.kill(pid, signal.SIGKILL))
-
-    def _node_killed(self, server: Server, nodes: Nodes) -> None:
-        say("Node 1 is killed; node 2 joins afterwards")
-        self._lose("node killed, another joins late", server, lambda: nodes.kill(1), nodes.add)
-
-    def _cable_cut(self, server: Server, nodes: Namespaces) -> None:
-        say("The cable of node 2 is cut; node 3 joins afterwards")
-        self._lose("cable cut, another node joins late", server, lambda: nodes.cut(2), nodes.add)
+    def _fail(self, case: str, server: Server, nodes: Nodes) -> None:
+        if case == "rank":
+            pid = pid_of_rank(nodes, 1)
+            self._lose("process of rank 1 killed", server, lambda: os.kill(pid, signal.SIGKILL))
+        elif case == "node":
+            last, self._last = self._last, self._last + 1
+            self._lose("node killed, another joins", server, lambda: nodes.kill(last), nodes.add)
+        elif isinstance(nodes, Namespaces):
+            last, self._last = self._last, self._last + 1
+            self._lose("cable cut, another node joins", server, lambda: nodes.cut(last), nodes.add)
+        else:
+            say(f"{nodes.kind}: there is no cable to cut")
 
     def _lose(
         self,
         case: str,
         server: Server,
         how: Callable[[], None],
-        meanwhile: Callable[[], object] = lambda: None,
+        replace: Callable[[], object] | None = None,
     ) -> None:
         """Lose a rank during a request: when did the client know, when was service back, what comes then?"""
+        say(case)
         before = server.statistics()["decode_steps"]
         lost_before = server.losses()
         with ThreadPoolExecutor(1) as pool:
@@ -281,12 +286,13 @@ class Check:
         while server.losses() == lost_before:
             time.sleep(0.1)
         ended = time.monotonic() - start
-        meanwhile()
-        ready = time.monotonic() - start
+        joined = ""
+        if replace is not None:
+            replace()
+            joined = f", the node had joined after {time.monotonic() - start:.0f} s"
         server.wait_until_ready()
         back = time.monotonic() - start
         say(f"  the server ended after {ended:.1f} s, service was back after {back:.0f} s")
-        joined = "" if meanwhile.__name__ == "<lambda>" else f", the node had joined after {ready:.0f} s"
         same = self._compare(server, "afterwards")
         self.rows.append((case, f"{known:.1f} s (503)", f"{back:.0f} s{joined}", same))
 
@@ -325,6 +331,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nodes", choices=("auto", "namespaces", "fake"), default="auto")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what is lost, in turn")
     parser.add_argument("--report", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     reason = why_no_namespaces()
@@ -337,7 +344,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="sglang_ext_ray_"))
     say(f"Logs: {folder}")
-    check = Check(nodes_class, folder)
+    check = Check(nodes_class, folder, options.cases)
     try:
         check.run()
     except CheckError as error:

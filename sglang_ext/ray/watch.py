@@ -31,7 +31,16 @@ def start(result: None, tokenizer_manager: Any, startup_time: Any) -> None:
     """After ``TokenizerManager.set_startup_time``: all ranks are up, watch them."""
     group = groups.current()
     if group is not None:
+        _add_endpoints(group.server_args)
         threading.Thread(target=watch, args=(group, tokenizer_manager), daemon=True).start()
+
+
+def _add_endpoints(server_args: Any) -> None:
+    """SGLang's Ray server has taken ``_setup_and_run_http_server`` before our hook on it was in place."""
+    if server_args.use_ray and server_args.enable_llm42:
+        from sglang_ext.llm42.server.endpoints import add_endpoints
+
+        add_endpoints()
 
 
 def watch(group: Group, tokenizer_manager: Any) -> None:
