@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sglang_ext.ray import agreement, cluster, placement
 from sglang_ext.ray.requirements import RESTART, RaySettings, world_size
@@ -119,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     try:
-        cluster.connect(_settings(server_args), server_args.nnodes * options.replicas)
+        cluster.connect(_settings(server_args), server_args.nnodes)
         with _replicas(options, server_flags, server_args) as (urls, check):
-            return _route(options, server_args, urls, check)
+            _route(options, server_args, urls, check)
     except (cluster.ClusterError, placement.PlacementError, agreement.Disagreement, ReplicaError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_NOT_STARTED
@@ -237,7 +237,8 @@ def _end(actors: Sequence[Any], groups: Sequence[PlacementGroup]) -> None:
     from ray.util.placement_group import remove_placement_group
 
     stopping = [actor.stop.remote() for actor in actors]
-    ray.wait(stopping, num_returns=len(stopping), timeout=30) if stopping else None
+    if stopping:
+        ray.wait(stopping, num_returns=len(stopping), timeout=30)
     for actor in actors:
         ray.kill(actor)
     for group in groups:
@@ -289,8 +290,12 @@ def compare(infos: dict[str, Any]) -> None:
 
 def _route(
     options: argparse.Namespace, server_args: Any, urls: Sequence[str], check: Callable[[], None]
-) -> int:
-    """Run the router until it, or a replica, ends."""
+) -> NoReturn:
+    """Run the router until it, or a replica, ends.
+
+    Raises:
+        ReplicaError: saying which.
+    """
     command = router_command(options, urls, server_args.api_key)
     router = subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)
     print(f"{PROGRAM}: {len(urls)} replicas behind http://{options.host}:{options.port}", flush=True)
