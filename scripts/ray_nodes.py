@@ -33,6 +33,9 @@ HEALTH_CHECKS = (
 
 NODE_TIMEOUT_S = 120.0
 
+#: How often a node is tried to be started.
+START_ATTEMPTS = 4
+
 
 class NodesError(RuntimeError):
     """A node could not be made; the message holds what was tried."""
@@ -129,11 +132,23 @@ class Namespaces:
         size = ["--num-cpus", str(CPUS), "--num-gpus", "0"]
         size += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
         size += ["--node-ip-address", f"{self.NETWORK}.{node + 1}"]
-        self._on(
-            node,
-            [*_program("ray.scripts.scripts"), "start", *role, *size, "--disable-usage-stats"],
-        )
+        command = [*_program("ray.scripts.scripts"), "start", *role, *size, "--disable-usage-stats"]
+        for attempt in range(START_ATTEMPTS):
+            try:
+                self._on(node, command)
+                return node
+            except NodesError:
+                # Ray gives a raylet 30 s, which is little on a busy machine.
+                self._end_all_but_holder(node)
+                if attempt == START_ATTEMPTS - 1:
+                    raise
         return node
+
+    def _end_all_but_holder(self, node: int) -> None:
+        for pid in self._pids(node):
+            if pid != self._holders[node].pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _make_host(self, node: int) -> None:
         name, cable = self._name(node), self._cable(node)

@@ -25,7 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import requests
-from ray_nodes import FakeNodes, Namespaces, Nodes, leftovers, pid_of_rank, why_no_namespaces
+from ray_nodes import (
+    FakeNodes,
+    Namespaces,
+    Nodes,
+    NodesError,
+    leftovers,
+    pid_of_rank,
+    why_no_namespaces,
+)
 from serving import machine, say, table
 
 from sglang_ext.ray.status import EXIT_RANK_LOST
@@ -347,7 +355,7 @@ def main() -> int:
     check = Check(nodes_class, folder, options.cases)
     try:
         check.run()
-    except CheckError as error:
+    except (CheckError, NodesError) as error:
         say(f"FAILED: {error}")
         return 1
     text = check.report(FakeNodes.kind if fake else Namespaces.kind)

@@ -287,8 +287,9 @@ class ServerArgs(SGLangServerArgs):
             HookError: a hook is not in place.
         """
         super().check_server_args()
-        if self.use_ray or "sglang.srt.ray.engine" in sys.modules:
+        if self.use_ray:
             self._refuse(ray_requirements.unsupported(self))
+        if self.use_ray or "sglang.srt.ray.engine" in sys.modules:  # SGLang's RayEngine in another program
             hooks.install(hooks.Feature.RAY)
 
     def __post_init__(self) -> None:
