@@ -79,18 +79,15 @@ class Group:
 
         on_cpu = self.server_args.device == "cpu"
         strategy = PlacementGroupSchedulingStrategy(self.placement_group, placement_group_bundle_index=bundle)
-        actor = (
-            ray.remote(SchedulerActor)
-            .options(
-                num_cpus=0,
-                num_gpus=0 if on_cpu else 1,
-                name=name,
-                max_restarts=0,
-                scheduling_strategy=strategy,
-                runtime_env={"env_vars": self._variables(on_cpu)},
-            )
-            .remote(**arguments)
-        )
+        actor_class: Any = ray.remote(SchedulerActor)
+        actor = actor_class.options(
+            num_cpus=0,
+            num_gpus=0 if on_cpu else 1,
+            name=name,
+            max_restarts=0,
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": self._variables(on_cpu)},
+        ).remote(**arguments)
         self.actors[rank] = actor
         self._reports[rank] = actor.report.remote()
         return actor
@@ -128,9 +125,8 @@ class Group:
         """
         import ray
 
-        reports = dict(
-            zip(self._reports, ray.get([*self._reports.values()], timeout=REPORT_TIMEOUT_S), strict=True)
-        )
+        answers: list[dict[str, Any]] = ray.get([*self._reports.values()], timeout=REPORT_TIMEOUT_S)
+        reports = dict(zip(self._reports, answers, strict=True))
         named = {f"{rank} ({report.pop('node')})": report for rank, report in reports.items()}
         agreement.require(named, "ranks")
         first = next(iter(named))

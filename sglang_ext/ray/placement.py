@@ -64,6 +64,7 @@ def reserve(server_args: Any, settings: RaySettings) -> tuple[PlacementGroup, bo
     import ray
 
     ranks, nnodes, device = world_size(server_args), server_args.nnodes, server_args.device
+    group: PlacementGroup | None
     if settings.placement_group is not None:
         group, source = _named(settings.placement_group), f"--ray-placement-group {settings.placement_group}"
     else:

@@ -220,16 +220,13 @@ def _actor(group: PlacementGroup) -> Any:
 
     from sglang_ext.ray.environment import KEEP_ALL_GPUS, handed_on
 
-    return (
-        ray.remote(Replica)
-        .options(
-            num_cpus=0,
-            num_gpus=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
-            runtime_env={"env_vars": {**handed_on(os.environ), **KEEP_ALL_GPUS}},
-        )
-        .remote()
-    )
+    actor_class: Any = ray.remote(Replica)
+    return actor_class.options(
+        num_cpus=0,
+        num_gpus=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        runtime_env={"env_vars": {**handed_on(os.environ), **KEEP_ALL_GPUS}},
+    ).remote()
 
 
 def _end(actors: Sequence[Any], groups: Sequence[PlacementGroup]) -> None:
