@@ -15,6 +15,8 @@ class Feature(StrEnum):
     LLM42 = "llm42"  # deterministic requests in the scheduler, installed by --enable-llm42
     LLM42_SERVER = "llm42_server"  # the same in the HTTP server's or engine's own process
     TOKENWEAVE = "tokenweave"  # communication overlap, installed by --enable-tokenweave
+    RAY = "ray"  # the process that starts ranks as Ray actors, installed by --use-ray
+    RAY_RANK = "ray_rank"  # such a rank
 
 
 class Kind(StrEnum):

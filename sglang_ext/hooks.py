@@ -20,6 +20,7 @@ from sglang_ext.hook_table import HOOKS as FLAG_HOOKS
 from sglang_ext.hook_types import Feature, Hook, Kind
 from sglang_ext.llm42.hook_table import HOOKS as LLM42_HOOKS
 from sglang_ext.llm42.server.hook_table import HOOKS as LLM42_SERVER_HOOKS
+from sglang_ext.ray.hook_table import HOOKS as RAY_HOOKS
 from sglang_ext.tokenweave.hook_table import HOOKS as TOKENWEAVE_HOOKS
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Hook",
     "HookError",
     "Kind",
+    "check",
     "install",
     "install_hooks",
 ]
@@ -48,6 +50,7 @@ HOOKS: tuple[Hook, ...] = (
     *LLM42_HOOKS,
     *LLM42_SERVER_HOOKS,
     *TOKENWEAVE_HOOKS,
+    *RAY_HOOKS,
 )
 
 
@@ -108,6 +111,19 @@ def install_hooks(hooks: Iterable[Hook]) -> None:
     HookRegistry.apply_hooks()
     if missing := [problem for hook in hooks if (problem := _problem(hook))]:
         raise HookError("sglang_ext hooks are not in place: " + "; ".join(missing))
+
+
+def check(feature: Feature) -> None:
+    """Look again whether the hooks of ``feature`` are in place, for instance after all is built.
+
+    Rows that depend on an imported module are left out: it may have come after the installation.
+
+    Raises:
+        HookError: naming every target whose hook is missing.
+    """
+    rows = [hook for hook in hooks_of(feature) if hook.if_imported is None]
+    if missing := [problem for hook in rows if (problem := _problem(hook))]:
+        raise HookError(f"sglang_ext hooks of {feature} are not in place: " + "; ".join(missing))
 
 
 def _problem(hook: Hook) -> str | None:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 from sglang_ext import hooks
+from sglang_ext.ray import requirements as ray_requirements
+from sglang_ext.ray import serve as ray_serve
 
 if TYPE_CHECKING:
     from sglang_ext.server_args import ServerArgs
@@ -36,15 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 2 with one line on standard error where the arguments are wrong or SGLang's version
-        is not supported.
+        is not supported; those of sglang_ext.ray.status with --use-ray.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if ray_serve.wants_supervisor(arguments):
+        ray_serve.become_supervisor(ray_serve.max_restarts_in(arguments), arguments)
     if reason := hooks.unsupported_version_reason():
         return _refuse(reason)
     try:
         server_args = parse(arguments)
     except (hooks.HookError, ValueError, OSError) as error:
         return _refuse(str(error))
+    if server_args.use_ray:
+        return ray_serve.serve(PROGRAM, server_args, arguments)
     _serve(server_args)
     return 0
 
@@ -65,7 +71,17 @@ def parse(arguments: Sequence[str]) -> ServerArgs:
     from sglang.srt.server_args import prepare_server_args
 
     with _errors_without_usage():
-        return prepare_server_args(with_demo_model(arguments))
+        server_args = prepare_server_args(with_demo_model(arguments))
+    _check_ray(server_args)
+    return server_args
+
+
+def _check_ray(server_args: ServerArgs) -> None:
+    wrong = ray_requirements.needing_ray(server_args)
+    if server_args.use_ray:
+        wrong += ray_requirements.unsupported(server_args)
+    if wrong:
+        raise ValueError(" ".join(wrong))
 
 
 def with_demo_model(arguments: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from typing import Any
 
 from sglang.srt.arg_groups.arg_utils import A, Arg
@@ -11,6 +12,8 @@ from sglang.srt.server_args import ServerArgs as SGLangServerArgs
 
 from sglang_ext import hooks
 from sglang_ext.llm42 import requirements
+from sglang_ext.ray import requirements as ray_requirements
+from sglang_ext.ray.requirements import RaySettings
 from sglang_ext.tokenweave.config import TokenWeaveConfig
 
 #: The original's mode numbers: it had three ways to make GEMMs invariant, ours has one that needs no choice.
@@ -72,12 +75,21 @@ class ServerArgs(SGLangServerArgs):
     tokenweave_barrier_timeout: A[float, _OURS] = TokenWeaveConfig.barrier_timeout
     tokenweave_table: A[str | None, _OURS] = None
 
+    ray_address: A[str | None, _OURS] = RaySettings.address
+    ray_namespace: A[str | None, _OURS] = RaySettings.namespace
+    ray_placement_group: A[str | None, _OURS] = RaySettings.placement_group
+    ray_env: A[list[str] | None, _OURS] = None
+    ray_start_timeout: A[float, _OURS] = RaySettings.start_timeout
+    ray_on_failure: A[str, _OURS] = RaySettings.on_failure
+    ray_max_restarts: A[int, _OURS] = RaySettings.max_restarts
+
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Add SGLang's flags and, in groups of their own, ours."""
         SGLANG_ADD_CLI_ARGS(parser)
         ServerArgs._add_llm42_args(parser)
         ServerArgs._add_tokenweave_args(parser)
+        ServerArgs._add_ray_args(parser)
 
     @staticmethod
     def _add_llm42_args(parser: argparse.ArgumentParser) -> None:
@@ -219,9 +231,77 @@ class ServerArgs(SGLangServerArgs):
             help="Folder of tuning tables (default: in the user's cache).",
         )
 
+    @staticmethod
+    def _add_ray_args(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group(
+            "Ray (sglang_ext)",
+            "With --use-ray the ranks are Ray actors: --nnodes is the number of the cluster's nodes to use.",
+        )
+        group.add_argument(
+            "--ray-address",
+            default=ServerArgs.ray_address,
+            metavar="ADDRESS",
+            help="Cluster to join (default: RAY_ADDRESS, else the cluster that runs on this machine, else "
+            "with --nnodes 1 a fresh one).",
+        )
+        group.add_argument(
+            "--ray-namespace",
+            default=ServerArgs.ray_namespace,
+            metavar="NAME",
+            help="Ray namespace to join (default: one of our own).",
+        )
+        group.add_argument(
+            "--ray-placement-group",
+            default=ServerArgs.ray_placement_group,
+            metavar="NAME",
+            help="Existing placement group to run in: a bundle per node, one of them on this node (default: "
+            "that of the Ray task which runs this program, else a new one).",
+        )
+        group.add_argument(
+            "--ray-env",
+            nargs="+",
+            default=ServerArgs.ray_env,
+            metavar="NAME",
+            help="Environment variables that ranks get beside the fixed list (docs/ray.md).",
+        )
+        group.add_argument(
+            "--ray-start-timeout",
+            type=float,
+            default=ServerArgs.ray_start_timeout,
+            metavar="SECONDS",
+            help="Time for nodes to be found, and again for ranks to be ready (default: %(default)s).",
+        )
+        group.add_argument(
+            "--ray-on-failure",
+            choices=ray_requirements.ON_FAILURE,
+            default=ServerArgs.ray_on_failure,
+            help="What to do when a rank or a node is lost, after requests in flight got an error: exit with "
+            "status 75, or restart all ranks (default: %(default)s).",
+        )
+        group.add_argument(
+            "--ray-max-restarts",
+            type=int,
+            default=ServerArgs.ray_max_restarts,
+            metavar="N",
+            help="Restarts in a row before the server gives up (default: %(default)s).",
+        )
+
+    def check_server_args(self) -> None:
+        """SGLang's checks of a server that is about to start; with Ray ours, and our hooks.
+
+        Raises:
+            ValueError: a flag that does not work with ``--use-ray``.
+            HookError: a hook is not in place.
+        """
+        super().check_server_args()
+        if self.use_ray:
+            self._refuse(ray_requirements.unsupported(self))
+        if self.use_ray or "sglang.srt.ray.engine" in sys.modules:  # SGLang's RayEngine in another program
+            hooks.install(hooks.Feature.RAY)
+
     def __post_init__(self) -> None:
         self.enable_llm42 = llm42_mode(self.enable_llm42)
-        self._refuse(requirements.nonsense(self))
+        self._refuse(requirements.nonsense(self) + ray_requirements.nonsense(self))
         TokenWeaveConfig.from_server_args(self)
         if self.enable_tokenweave:
             self._leave_all_reduces_to_tokenweave()

@@ -55,6 +55,8 @@ def _hook(target: str, kind: Kind = Kind.AROUND, **more: str) -> Hook:
 
 @pytest.mark.parametrize("hook", hooks.HOOKS, ids=lambda hook: hook.target)
 def test_every_row_resolves_on_the_installed_sglang(hook: Hook) -> None:
+    if hook.feature in (Feature.RAY, Feature.RAY_RANK):
+        pytest.importorskip("ray")
     assert pkgutil.resolve_name(hook.target) is not None
     replacement = pkgutil.resolve_name(hook.replacement)
     assert callable(replacement)
@@ -90,6 +92,19 @@ def test_hook_undone_by_another_plugin_is_noticed(
     monkeypatch.setattr(registry, "apply_hooks", lambda: None)
     with pytest.raises(hooks.HookError, match=r"hooked_module\.sample \(present, but"):
         hooks.install_hooks([_hook("hooked_module.sample")])
+
+
+def test_hook_undone_later_is_noticed(
+    registry: type, module: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [_hook("hooked_module.sample"), _hook("hooked_module.Target.method")]
+    monkeypatch.setattr(hooks, "HOOKS", tuple(rows))
+    hooks.install_hooks(rows)
+    hooks.check(Feature.FLAGS)
+    module.Target.method = module.Target.method.__wrapped__
+    with pytest.raises(hooks.HookError, match=r"hooks of flags .*Target\.method \(present, but"):
+        hooks.check(Feature.FLAGS)
+    hooks.check(Feature.RAY)  # has no rows here
 
 
 def test_row_of_an_absent_module_is_left_out(registry: type, module: types.ModuleType) -> None:

@@ -83,21 +83,29 @@ class Server:
         log: file for everything that the server prints.
         flags: further command-line flags.
         environment: further environment variables.
+        host: address to listen on.
+        wrap: makes of the command the one that is run, to run it elsewhere.
     """
 
     def __init__(
-        self, model: Path, log: Path, flags: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        self,
+        model: Path,
+        log: Path,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+        wrap: Callable[[Sequence[str]], Sequence[str]] = list,
     ) -> None:
         self.log = log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{host}:{port}"
         command = [sys.executable, "-m", "sglang_ext.launch_server", "--model-path", str(model)]
-        command += ["--port", str(port), "--skip-server-warmup", *flags]
+        command += ["--host", host, "--port", str(port), "--skip-server-warmup", *flags]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                command,
+                wrap(command),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -1,0 +1,328 @@
+"""``python -m sglang_ext.ray.replicas``: several servers on a Ray cluster behind one address.
+
+    python -m sglang_ext.ray.replicas --replicas 4 --port 30000 -- --model-path ... --tp-size 8 --enable-llm42
+
+What stands behind ``--`` is the command line of ``sglang_ext.launch_server`` for each replica. Requests are
+distributed by SGLang's own router (package ``sglang-router``). Replicas are compared before the address
+opens: same versions, configuration and canonical fingerprint, so a deterministic request gets the same output
+from any of them, also when the router tries a second one because the first was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sglang_ext.ray import agreement, cluster, placement
+from sglang_ext.ray.requirements import RESTART, RaySettings, world_size
+from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_USAGE
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+PROGRAM = "sglang_ext.ray.replicas"
+
+LOOPBACK = "127.0.0.1"
+
+#: Policies of the router that need nothing but the replicas' addresses.
+POLICIES = ("cache_aware", "round_robin", "random", "power_of_two")
+
+#: Flags that each replica gets from here.
+OURS = ("--host", "--port", "--use-ray", "--ray-placement-group", "--ray-namespace", "--ray-on-failure")
+
+#: Seconds between looks at the replicas.
+POLL_S = 2.0
+
+NO_ROUTER = f"{PROGRAM} needs SGLang's router, which is not installed: pip install sglang-router."
+
+
+class ReplicaError(RuntimeError):
+    """A replica did not come up or has ended; the message says which."""
+
+
+# On the nodes
+
+
+class Replica:
+    """A server in a process of its own on the node of this Ray actor."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, arguments: Sequence[str]) -> str:
+        """Start ``python -m sglang_ext.launch_server`` on a free port; returns its URL."""
+        import socket
+
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "sglang_ext.launch_server", *arguments]
+        address = ray.get_runtime_context().gcs_address
+        self._process = subprocess.Popen(
+            [*command, "--host", host, "--port", str(port), "--ray-address", address],
+            process_group=0,
+            preexec_fn=_end_with_parent,
+        )
+        return f"http://{host}:{port}"
+
+    def status(self) -> int | None:
+        """Exit status of the server, None while it runs."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def stop(self, patience_s: float = 20.0) -> None:
+        """End the server."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """In the server: be told to end when the actor dies, however it does."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+# Where the address is
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until interrupted, or until a replica or the router ends for good."""
+    options, server_flags = parse(sys.argv[1:] if argv is None else argv)
+    if importlib.util.find_spec("sglang_router") is None:
+        return _refuse(NO_ROUTER)
+    from sglang_ext import launch_server
+    from sglang_ext.hooks import HookError
+
+    try:
+        server_args = launch_server.parse([*server_flags, "--use-ray"])
+    except (HookError, ValueError, OSError) as error:
+        return _refuse(str(error))
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        cluster.connect(_settings(server_args), server_args.nnodes)
+        with _replicas(options, server_flags, server_args) as (urls, check):
+            _route(options, server_args, urls, check)
+    except (cluster.ClusterError, placement.PlacementError, agreement.Disagreement, ReplicaError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return EXIT_NOT_STARTED
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        cluster.disconnect()
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the flags of each replica behind ``--``.
+
+    Raises:
+        SystemExit: an option is wrong (status 2); the message names it.
+    """
+    parser = argparse.ArgumentParser(PROGRAM, usage="%(prog)s [OPTIONS] -- FLAGS OF sglang_ext.launch_server")
+    parser.add_argument("--replicas", type=int, required=True)
+    parser.add_argument("--host", default=LOOPBACK, help="address to serve on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--policy", choices=POLICIES, default=POLICIES[0])
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    options, behind = parser.parse_args(argv[:at]), list(argv[at + 1 :])
+    if options.replicas < 1:
+        parser.error(f"--replicas must be at least 1, not {options.replicas}")
+    if not behind:
+        parser.error("give the server's flags behind --")
+    for flag in behind:
+        if flag.partition("=")[0] in OURS:
+            parser.error(f"{flag.partition('=')[0]} is chosen for each replica; leave it out behind --")
+    return options, behind
+
+
+def _settings(server_args: Any) -> RaySettings:
+    import dataclasses
+
+    settings = RaySettings.from_server_args(server_args)
+    return dataclasses.replace(settings, namespace=f"{PROGRAM}-{uuid.uuid4().hex[:8]}")
+
+
+@contextmanager
+def _replicas(
+    options: argparse.Namespace, server_flags: Sequence[str], server_args: Any
+) -> Iterator[tuple[list[str], Callable[[], None]]]:
+    """Start all replicas and compare them; yields their URLs and what raises when one has ended."""
+    import ray
+
+    actors: dict[str, Any] = {}
+    groups: list[PlacementGroup] = []
+
+    def check() -> None:
+        for url, status in zip(actors, ray.get([a.status.remote() for a in actors.values()]), strict=True):
+            if status is not None:
+                raise ReplicaError(f"the replica at {url} ended with status {status}; its log says why")
+
+    starting = []
+    try:
+        for index in range(options.replicas):
+            group = _room(index, server_args)
+            groups.append(group)
+            actor = _actor(group)
+            flags = [*server_flags, "--use-ray", "--ray-on-failure", RESTART]
+            flags += ["--ray-placement-group", _name(index)]
+            flags += ["--ray-namespace", ray.get_runtime_context().namespace]
+            starting.append((actor, actor.start.remote(flags)))
+        for actor, url in starting:
+            actors[ray.get(url)] = actor
+        compare(_wait_for_all(list(actors), server_args, check))
+        yield list(actors), check
+    finally:
+        _end([actor for actor, _ in starting], groups)
+
+
+def _name(index: int) -> str:
+    return f"replica-{index}"
+
+
+def _room(index: int, server_args: Any) -> PlacementGroup:
+    from ray.util.placement_group import placement_group
+
+    nnodes = server_args.nnodes
+    bundle = placement.bundle(world_size(server_args) // nnodes, server_args.device)
+    strategy = "STRICT_PACK" if nnodes == 1 else "STRICT_SPREAD"
+    group = placement_group([dict(bundle) for _ in range(nnodes)], strategy=strategy, name=_name(index))
+    timeout = server_args.ray_start_timeout
+    if not group.wait(timeout):
+        raise placement.PlacementError(
+            f"--replicas: no room for replica {index} ({nnodes} node(s) with {bundle} each) within "
+            f"--ray-start-timeout {timeout:g} s."
+        )
+    return group
+
+
+def _actor(group: PlacementGroup) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    from sglang_ext.ray.environment import KEEP_ALL_GPUS, handed_on
+
+    actor_class: Any = ray.remote(Replica)
+    return actor_class.options(
+        num_cpus=0,
+        num_gpus=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        runtime_env={"env_vars": {**handed_on(os.environ), **KEEP_ALL_GPUS}},
+    ).remote()
+
+
+def _end(actors: Sequence[Any], groups: Sequence[PlacementGroup]) -> None:
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    stopping = [actor.stop.remote() for actor in actors]
+    if stopping:
+        ray.wait(stopping, num_returns=len(stopping), timeout=30)
+    for actor in actors:
+        ray.kill(actor)
+    for group in groups:
+        remove_placement_group(group)
+
+
+def _wait_for_all(urls: Sequence[str], server_args: Any, check: Callable[[], None]) -> dict[str, Any]:
+    """``/server_info`` of every replica, once all answer.
+
+    Raises:
+        ReplicaError: one has ended, or does not answer in time.
+    """
+    import requests
+
+    key = server_args.admin_api_key or server_args.api_key
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    infos: dict[str, Any] = {}
+    deadline = time.monotonic() + 2 * server_args.ray_start_timeout
+    while len(infos) < len(urls):
+        check()
+        for url in urls:
+            if url not in infos:
+                with contextlib.suppress(requests.RequestException, ValueError):
+                    answer = requests.get(f"{url}/server_info", headers=headers, timeout=10)
+                    if answer.status_code == 200:
+                        infos[url] = answer.json()
+        if time.monotonic() > deadline:
+            raise ReplicaError(f"no answer from {', '.join(set(urls) - set(infos))}")
+        time.sleep(POLL_S)
+    return {url: infos[url] for url in urls}
+
+
+def compare(infos: dict[str, Any]) -> None:
+    """Check that replicas are alike, from their ``/server_info``.
+
+    Raises:
+        Disagreement: naming what differs.
+    """
+    keys = ("llm42_fingerprint", "llm42_configuration")
+    reports = {}
+    for url, info in infos.items():
+        states = info["internal_states"]
+        reports[url] = {
+            "version": info.get("version"),
+            **{key: sorted({str(state.get(key)) for state in states}) for key in keys},
+        }
+    agreement.require(reports, "replicas")
+
+
+def _route(
+    options: argparse.Namespace, server_args: Any, urls: Sequence[str], check: Callable[[], None]
+) -> NoReturn:
+    """Run the router until it, or a replica, ends.
+
+    Raises:
+        ReplicaError: saying which.
+    """
+    command = router_command(options, urls, server_args.api_key)
+    router = subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)
+    print(f"{PROGRAM}: {len(urls)} replicas behind http://{options.host}:{options.port}", flush=True)
+    try:
+        while True:
+            status = router.poll()
+            if status is not None:
+                raise ReplicaError(f"the router ended with status {status}")
+            check()
+            time.sleep(POLL_S)
+    finally:
+        router.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            router.wait(10)
+        router.kill()
+
+
+def router_command(options: argparse.Namespace, urls: Sequence[str], api_key: str | None) -> list[str]:
+    """Command line of SGLang's router."""
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--worker-urls", *urls]
+    command += ["--host", options.host, "--port", str(options.port), "--policy", options.policy]
+    # Its metrics listen on all interfaces by default.
+    command += ["--prometheus-host", LOOPBACK]
+    return [*command, "--api-key", api_key] if api_key else command
+
+
+def _refuse(reason: str) -> int:
+    print(f"{PROGRAM}: {reason}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""Exit statuses of a server on Ray, by which its supervisor decides what to do."""
+
+#: A command line that is refused.
+EXIT_USAGE = 2
+
+#: The ranks did not come up; trying again is of no use unless the server had been up before.
+EXIT_NOT_STARTED = 3
+
+#: A rank was lost while serving (EX_TEMPFAIL).
+EXIT_RANK_LOST = 75
