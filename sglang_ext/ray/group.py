@@ -77,6 +77,7 @@ class Group:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        assert self.placement_group is not None, "reserve() comes first"
         on_cpu = self.server_args.device == "cpu"
         strategy = PlacementGroupSchedulingStrategy(self.placement_group, placement_group_bundle_index=bundle)
         actor_class: Any = ray.remote(SchedulerActor)

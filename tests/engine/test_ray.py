@@ -24,6 +24,10 @@ from workloads import LLM42_FLAGS, ONE_THREAD, marked, random_prompts
 from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_RANK_LOST
 
 pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(
+    "SGLANG_EXT_RAY_TESTS" not in os.environ,
+    reason="not part of the test command until they have run as a whole; set SGLANG_EXT_RAY_TESTS=1",
+)
 
 FLAGS = (*LLM42_FLAGS, "--tp-size", "2", "--max-total-tokens", "4096")
 ON_TWO_NODES = (*FLAGS, "--use-ray", "--nnodes", "2")
