@@ -100,14 +100,14 @@ def canonical_pass(
     from sglang_ext.llm42.attention import canonical_attention_factory
     from sglang_ext.llm42.canonical_graph import CapturedCanonicalPass
     from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment
-    from sglang_ext.llm42.lane import LaneConfig, SegmentKind
+    from sglang_ext.llm42.lane import SegmentKind
 
     stream = torch.cuda.Stream()
     if sms:
         from torch.cuda.green_contexts import GreenContext
 
         stream = GreenContext.create(sms, 0).Stream()
-    eager = CanonicalPass(runner, LaneConfig(rows, segments), canonical_attention_factory(runner))
+    eager = CanonicalPass(runner, segments, rows, canonical_attention_factory(runner))
     captured = CapturedCanonicalPass(eager, stream)
     candidates = CandidateTable(runner.req_to_token_pool.req_to_token.shape[0], 4096, runner.device)
     work = [PassSegment(SegmentKind.VERIFY, 1 + g, length - rows - 1, (), rows) for g in range(segments)]

@@ -61,6 +61,7 @@ class ServerArgs(SGLangServerArgs):
     llm42_max_wait_steps: A[int, _OURS] = 4
     llm42_mark_all: A[bool, _OURS] = False
     llm42_disable_overlap_verification: A[bool, _OURS] = False
+    llm42_disable_smaller_passes: A[bool, _OURS] = False
     llm42_commit_log: A[str | None, _OURS] = None
     llm42_commit_log_max_bytes: A[int, _OURS] = 256 * 1024 * 1024
     llm42_commit_log_keep: A[int, _OURS] = 4
@@ -121,7 +122,8 @@ class ServerArgs(SGLangServerArgs):
             type=int,
             default=ServerArgs.llm42_verify_batch_size,
             metavar="G",
-            help="Segments of a canonical pass, which always computes W times G rows (default: %(default)s).",
+            help="Segments of the largest canonical pass, which computes W times G rows "
+            "(default: %(default)s).",
         )
         group.add_argument(
             "--llm42-max-wait-steps",
@@ -142,6 +144,13 @@ class ServerArgs(SGLangServerArgs):
             action="store_true",
             default=ServerArgs.llm42_disable_overlap_verification,
             help="On a GPU: run canonical passes in front of decode steps instead of beside them.",
+        )
+        group.add_argument(
+            "--llm42-disable-smaller-passes",
+            action="store_true",
+            default=ServerArgs.llm42_disable_smaller_passes,
+            help="Always compute W times G rows. Otherwise a canonical pass that carries less is smaller, "
+            "where the certification at start finds that this gives the same bits.",
         )
         group.add_argument(
             "--llm42-commit-log",

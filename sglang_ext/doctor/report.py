@@ -62,6 +62,31 @@ class OperatorReport:
 
 
 @dataclass(frozen=True)
+class SizeReport:
+    """Comparison of a smaller canonical pass with the full one.
+
+    Attributes:
+        segments: its number of segments.
+        comparisons: rows whose logits were compared.
+        differences: those whose bits differed.
+    """
+
+    segments: int
+    comparisons: int
+    differences: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether passes of this size may run: rows were compared, and none differed."""
+        return self.comparisons > 0 and self.differences == 0
+
+    def __str__(self) -> str:
+        verdict = "equal bits" if self.passed else "OTHER BITS, not used"
+        rows = f"{self.differences} of {self.comparisons} rows differ"
+        return f"passes of {self.segments} segments: {verdict} ({rows})"
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Outcome of a certification.
 
@@ -75,6 +100,7 @@ class Certificate:
         threads: compute threads of torch; on a CPU, part of what the fingerprint depends on.
         seconds: duration.
         notes: what was left out, and why.
+        sizes: smaller passes that were compared with the full one.
     """
 
     fingerprint: str
@@ -87,6 +113,7 @@ class Certificate:
     threads: int
     seconds: float
     notes: tuple[str, ...] = ()
+    sizes: tuple[SizeReport, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -112,6 +139,7 @@ class Certificate:
                 f"{report.differences:>9}  {first}".rstrip()
             )
         lines.append("")
+        lines += [str(size) for size in self.sizes]
         lines += [f"note: {note}" for note in self.notes]
         lines.append(
             f"{self.segments} segments of {self.rows} rows, probe of {self.length} positions, {self.passes} "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from sglang_ext.doctor.certify import certify
+from sglang_ext.doctor.certify import certify, certify_sizes
 from sglang_ext.doctor.report import Certificate
 
 if TYPE_CHECKING:
@@ -23,12 +24,16 @@ def certify_configuration(
         NotImplementedError: there is no row-invariant attention for the device.
     """
     from sglang_ext.llm42.attention import canonical_attention_factory
-    from sglang_ext.llm42.canonical_graph import canonical_pass_for
+    from sglang_ext.llm42.canonical_graph import canonical_passes_for
     from sglang_ext.llm42.config import Llm42Config
 
     model_runner = load(server_args, port_args, tp_rank)
     lane = Llm42Config.from_server_args(server_args).lane
-    return certify(canonical_pass_for(model_runner, lane, canonical_attention_factory(model_runner)), quick)
+    passes = canonical_passes_for(model_runner, lane, canonical_attention_factory(model_runner))
+    certificate = certify(passes.full, quick)
+    if not certificate.passed:
+        return certificate
+    return dataclasses.replace(certificate, sizes=certify_sizes(passes, quick))
 
 
 def load(server_args: ServerArgs, port_args: PortArgs, tp_rank: int) -> ModelRunner:

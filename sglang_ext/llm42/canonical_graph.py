@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
+from sglang_ext.llm42.pass_sizes import PassSizes, smaller_sizes
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -52,6 +53,8 @@ class CapturedCanonicalPass:
     Args:
         eager: the pass to capture; its attention must keep what it plans at fixed addresses.
         stream: captured on this one, None for one of its own; a graph keeps its priority.
+        larger: a captured pass that never runs at the same time: stream, event and memory pool are shared
+            with it, and its logits may be overwritten by a run of this one.
 
     Attributes:
         eager: the same pass, operator by operator. For the capture, and for the certification to find which
@@ -64,18 +67,25 @@ class CapturedCanonicalPass:
         CaptureError: the capture failed, for want of memory or because an operator cannot be captured.
     """
 
-    def __init__(self, eager: CanonicalPass, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        eager: CanonicalPass,
+        stream: torch.cuda.Stream | None = None,
+        larger: CapturedCanonicalPass | None = None,
+    ) -> None:
         self.eager = eager
         self.model_runner = eager.model_runner
         self.segments = eager.segments
         self.rows = eager.rows
         self.device = eager.device
-        self.inputs_read = torch.cuda.Event()
+        self.inputs_read: torch.cuda.Event = torch.cuda.Event() if larger is None else larger.inputs_read
         self.memory_gib = 0.0
         self._batch = eager.forward_batch((), CandidateTable(1, self.rows, self.device))
         self._graph = torch.cuda.CUDAGraph()
-        self.stream = own_stream(self.model_runner) if stream is None else stream
-        self._logits = self._capture()
+        if larger is not None:
+            stream = larger.stream
+        self.stream: torch.cuda.Stream = own_stream(self.model_runner) if stream is None else stream
+        self._logits = self._capture(None if larger is None else larger._graph.pool())
 
     @torch.no_grad()
     def run(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> torch.Tensor:
@@ -89,7 +99,7 @@ class CapturedCanonicalPass:
         return self._logits
 
     @torch.no_grad()
-    def _capture(self) -> torch.Tensor:
+    def _capture(self, pool: Any) -> torch.Tensor:
         from sglang.srt.distributed.parallel_state import graph_capture
 
         started = time.perf_counter()
@@ -101,7 +111,7 @@ class CapturedCanonicalPass:
                 for _ in range(WARM_UP_PASSES):
                     self.eager.forward(self._batch)
                 torch.cuda.synchronize()
-                with torch.cuda.graph(self._graph, stream=self.stream):
+                with torch.cuda.graph(self._graph, pool=pool, stream=self.stream):
                     logits = self.eager.forward(self._batch)
             torch.cuda.synchronize()
         except Exception as error:
@@ -122,21 +132,28 @@ class CapturedCanonicalPass:
         return logits
 
 
-def canonical_pass_for(
+def canonical_passes_for(
     model_runner: ModelRunner, config: LaneConfig, attention: AttentionFactory
-) -> CanonicalPass | CapturedCanonicalPass:
-    """The canonical pass of a server: a CUDA graph on a GPU.
+) -> PassSizes:
+    """The canonical passes of a server: CUDA graphs on a GPU.
 
     Args:
         model_runner: SGLang's model runner, with pools allocated, weights loaded and its own graphs captured.
-        config: G and W.
+        config: G, W, and whether there are smaller passes.
         attention: factory of the row-invariant attention backend.
 
     Raises:
-        CaptureError: the capture failed.
+        CaptureError: a capture failed.
     """
-    eager = CanonicalPass(model_runner, config, attention)
-    return CapturedCanonicalPass(eager) if torch.device(eager.device).type == "cuda" else eager
+    sizes = smaller_sizes(config.verify_batch_size) if config.smaller_passes else ()
+    full, *smaller = (
+        CanonicalPass(model_runner, size, config.window_size, attention)
+        for size in (config.verify_batch_size, *sizes)
+    )
+    if torch.device(full.device).type != "cuda":
+        return PassSizes(full, smaller)
+    captured = CapturedCanonicalPass(full)
+    return PassSizes(captured, [CapturedCanonicalPass(each, larger=captured) for each in smaller])
 
 
 def own_stream(model_runner: ModelRunner) -> torch.cuda.Stream:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from sglang_ext.llm42.canonical_scope import canonical_scope
-from sglang_ext.llm42.lane import LaneConfig, SegmentKind
+from sglang_ext.llm42.lane import SegmentKind
 from sglang_ext.llm42.transfer import to_device
 
 if TYPE_CHECKING:
@@ -81,14 +81,17 @@ class CanonicalPass:
 
     Args:
         model_runner: SGLang's model runner, with pools allocated and weights loaded.
-        config: G and W.
+        segments: G.
+        rows: W, of each segment.
         attention: factory of the row-invariant attention backend.
     """
 
-    def __init__(self, model_runner: ModelRunner, config: LaneConfig, attention: AttentionFactory) -> None:
+    def __init__(
+        self, model_runner: ModelRunner, segments: int, rows: int, attention: AttentionFactory
+    ) -> None:
         self.model_runner = model_runner
-        self.segments = config.verify_batch_size
-        self.rows = config.window_size
+        self.segments = segments
+        self.rows = rows
         self.device = model_runner.device
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
         self.attention = attention(model_runner, self.segments, self.rows)

@@ -24,16 +24,19 @@ class Llm42Config:
 
     Attributes:
         window_size: rows of a segment (W), ``--llm42-window-size``.
-        verify_batch_size: segments of a canonical pass (G), ``--llm42-verify-batch-size``.
+        verify_batch_size: most segments of a canonical pass (G), ``--llm42-verify-batch-size``.
         max_wait_steps: decode steps a due segment may wait, ``--llm42-max-wait-steps``.
         overlap_verification: whether passes may run beside decode on a GPU, unless
             ``--llm42-disable-overlap-verification``.
+        smaller_passes: whether passes of fewer segments run where they give the same bits, unless
+            ``--llm42-disable-smaller-passes``.
     """
 
     window_size: int
     verify_batch_size: int
     max_wait_steps: int
     overlap_verification: bool = True
+    smaller_passes: bool = True
 
     @classmethod
     def from_server_args(cls, server_args: ServerArgs) -> Llm42Config:
@@ -43,9 +46,15 @@ class Llm42Config:
             verify_batch_size=server_args.llm42_verify_batch_size,
             max_wait_steps=server_args.llm42_max_wait_steps,
             overlap_verification=not server_args.llm42_disable_overlap_verification,
+            smaller_passes=not server_args.llm42_disable_smaller_passes,
         )
 
     @property
     def lane(self) -> LaneConfig:
         """The same as the lane's configuration."""
-        return LaneConfig(self.window_size, self.verify_batch_size, self.max_wait_steps)
+        return LaneConfig(
+            self.window_size,
+            self.verify_batch_size,
+            self.max_wait_steps,
+            smaller_passes=self.smaller_passes,
+        )

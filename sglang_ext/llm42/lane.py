@@ -34,15 +34,17 @@ class LaneConfig:
 
     Attributes:
         window_size: rows of a segment (W).
-        verify_batch_size: segments of a canonical pass (G).
+        verify_batch_size: most segments of a canonical pass (G).
         max_wait_steps: decode steps a due segment may wait for the pass to fill up.
         capacity: candidates a request may hold before it stops decoding.
+        smaller_passes: whether passes of fewer segments may be tried.
     """
 
     window_size: int
     verify_batch_size: int
     max_wait_steps: int = 4
     capacity: int = field(default=0)
+    smaller_passes: bool = True
 
     def __post_init__(self) -> None:
         if self.window_size < 1 or self.verify_batch_size < 1 or self.max_wait_steps < 0:
@@ -53,9 +55,10 @@ class LaneConfig:
             raise ValueError(f"capacity {self.capacity} is below window_size {self.window_size}")
 
     @property
-    def rows(self) -> int:
-        """Rows of a canonical pass, M = G * W."""
-        return self.window_size * self.verify_batch_size
+    def patience(self) -> int:
+        """Decode steps a full window may wait while its request goes on; a quarter of a window more of
+        candidates is at stake if it does not hold."""
+        return max(self.max_wait_steps, self.window_size // 4)
 
 
 @dataclass(eq=False)
@@ -198,19 +201,27 @@ class LanePolicy:
 
     1. A request is *due* when W candidates wait (half as many if its client reads along), when its
        candidates reach the length limit, or when it is urgent. A prompt is due from its admission.
-    2. A pass runs when due segments fill it, when the oldest has waited ``max_wait_steps``, when a prompt
-       waits, or when nothing could decode meanwhile.
+    2. A pass runs at once when a prompt waits, a request is urgent, due segments fill the largest pass, or
+       nothing could decode meanwhile. It runs after ``max_wait_steps`` when due segments fill the smallest
+       pass, when a client reads along, or when a request waits for nothing but this verification. Otherwise
+       it runs when the oldest due segment has waited ``patience`` steps.
     3. Half of the segments are kept for prompts and half for verification as long as both wait; within each
        kind the oldest is served first. What stays free is filled with the other kind.
-    4. Segments still free verify requests that are not due yet, those with a doubtful candidate first, then
-       those with most candidates: the pass costs the same with or without them, and a divergence found early
-       wastes less. (To let doubt make a request due costs more in passes than it saves in decoding.)
+    4. The pass has the smallest size that holds these. Segments still free verify requests that are not due
+       yet, those with a doubtful candidate first, then those with most candidates: the pass costs the same
+       with or without them, and a divergence found early wastes less. (To let doubt make a request due costs
+       more in passes than it saves in decoding.)
     5. While more requests wait for their prompt than could decode, up to ``max_wait_steps`` passes follow
        each other without a decode step, as SGLang's own prefill batches do.
+
+    Attributes:
+        sizes: numbers of segments that a pass may have, ascending up to G; further ones may be set once it is
+            known that they give the same bits.
     """
 
     def __init__(self, config: LaneConfig) -> None:
         self.config = config
+        self.sizes: tuple[int, ...] = (config.verify_batch_size,)
         # Who gets the larger half of an odd number of segments; it alternates, or G = 1 would starve one.
         self._prompts_round_up = True
         # Decode steps that were left out in a row.
@@ -264,9 +275,14 @@ class LanePolicy:
             (r for r in requests if self._verifiable(r) and not self._verify_due(r)),
             key=lambda r: (not r.doubtful, -r.pending),
         )
-        for request in (*due, *early)[: budget - len(segments)]:
+        size = self.size_for(min(budget, len(segments) + len(due)))
+        for request in (*due, *early)[: size - len(segments)]:
             segments.append(self._verify_segment(request))
         return segments
+
+    def size_for(self, segments: int) -> int:
+        """The smallest size of a pass that holds ``segments`` segments."""
+        return next(size for size in self.sizes if size >= segments)
 
     def _should_run(
         self, prompts: Sequence[LaneRequest], due: Sequence[LaneRequest], step: int, can_decode: bool
@@ -275,13 +291,10 @@ class LanePolicy:
             return True
         if not due:
             return False
-        oldest = min(r.due_since for r in due if r.due_since is not None)
-        return (
-            not can_decode
-            or len(due) >= self.config.verify_batch_size
-            or step - oldest >= self.config.max_wait_steps
-            or any(r.urgent for r in due)
-        )
+        if not can_decode or len(due) >= self.config.verify_batch_size or any(r.urgent for r in due):
+            return True
+        soon = due if len(due) >= self.sizes[0] else [r for r in due if r.streamed or r.length_reached]
+        return _waited(soon, step) >= self.config.max_wait_steps or _waited(due, step) >= self.config.patience
 
     def _verifiable(self, request: LaneRequest) -> bool:
         return request.decoding and request.pending > 0 and request.in_flight == 0
@@ -311,6 +324,11 @@ class LanePolicy:
         rows = min(request.pending, self.config.window_size)
         request.verify_planned(rows)
         return Segment(request, SegmentKind.VERIFY, request.base, rows)
+
+
+def _waited(due: Iterable[LaneRequest], step: int) -> int:
+    """Steps since the first of ``due`` became due; -1 if there is none."""
+    return max((step - r.due_since for r in due if r.due_since is not None), default=-1)
 
 
 def _due_order(request: LaneRequest) -> int:

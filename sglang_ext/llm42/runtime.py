@@ -15,7 +15,7 @@ All decisions follow from values on the host that are equal on every tensor-para
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 
 from sglang_ext.llm42 import logit_processing, logprobs, sampling
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42.canonical_graph import canonical_pass_for
+from sglang_ext.llm42.canonical_graph import canonical_passes_for
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, PassSegment
 from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
@@ -102,7 +102,7 @@ class Runtime:
         attention: factory of the row-invariant attention backend for the canonical pass.
 
     Attributes:
-        canonical_pass: the pass that decides every deterministic token.
+        canonical_passes: the passes that decide every deterministic token.
         weights_generation: how often the weights were updated since the start.
     """
 
@@ -116,10 +116,10 @@ class Runtime:
         self.weights_generation = 0
         # Two units in the last place of the logits' dtype, relative.
         self._rounding = 2 * torch.finfo(model_runner.dtype).eps
-        self.canonical_pass = canonical_pass_for(model_runner, lane, attention)
+        self.canonical_passes = canonical_passes_for(model_runner, lane, attention)
         # Ranks that look at their own clocks might disagree about which pass has ended.
         beside = config.overlap_verification and model_runner.ps.tp_size == 1
-        self._stream = pass_stream(self.canonical_pass, beside)
+        self._stream = pass_stream(self.canonical_passes.full, beside)
         self._slot_guard = SlotGuard(model_runner.token_to_kv_pool_allocator)
         self._table = CandidateTable(
             model_runner.req_to_token_pool.req_to_token.shape[0], lane.capacity, self.device
@@ -142,6 +142,11 @@ class Runtime:
         state = deterministic.of(req)
         assert state is not None
         self._requests[state.admit(req)] = req
+
+    def allow_sizes(self, sizes: Iterable[int]) -> None:
+        """Let smaller passes of ``sizes`` segments run, and no others; see :meth:`PassSizes.allow`."""
+        self.canonical_passes.allow(sizes)
+        self.policy.sizes = self.canonical_passes.sizes
 
     def slots_freed(self, req: Req) -> None:
         """Slots of ``req`` are about to be freed, all or some of them."""
@@ -183,8 +188,7 @@ class Runtime:
     def begin_step(self, reqs: Sequence[Req]) -> DecodeStep:
         """Apply the passes that are done and give every row of the batch its position."""
         self._step_number += 1
-        if not self._stream.beside or self._ended():
-            self._apply_launched()
+        self._apply_ended()
         step = DecodeStep(list(reqs), [0] * len(reqs), [], [], {})
         hold = self._decide_hold(reqs)
         if self._launched and (hold or not self._any_decodes(reqs)):
@@ -194,8 +198,10 @@ class Runtime:
             self._place(step, row, req, hold)
         return step
 
-    def _ended(self) -> bool:
-        return all(launched.results.ready() for launched in self._launched)
+    def _apply_ended(self) -> None:
+        """Apply passes that have ended; those in front of decode always: ranks must not ask their clocks."""
+        if not self._stream.beside or all(launched.results.ready() for launched in self._launched):
+            self._apply_launched()
 
     def _apply_launched(self) -> None:
         """Apply the passes under way; the host waits for those that have not ended."""
@@ -254,7 +260,7 @@ class Runtime:
         Returns:
             SGLang's result with the step attached as ``llm42``.
         """
-        self._launch(step)
+        self._launch(step.useful)
         if step.useful:
             self._feed_candidates(step, batch)
             self._sampling_step = step
@@ -329,19 +335,28 @@ class Runtime:
 
     # Canonical passes
 
-    def _launch(self, step: DecodeStep) -> None:
+    def launch_admitted(self) -> None:
+        """Begin with the prompts of a batch that was just admitted, unless a pass is under way.
+
+        Nothing else runs in the scheduler's turn that admits them, and the device would run dry.
+        """
+        self._apply_ended()
+        self._launch(can_decode=True)
+
+    def _launch(self, can_decode: bool) -> None:
         live = [lane for lane, req in self._requests.items() if not req.finished()]
         if self._launched:
             self.policy.update_due(live, self._step_number)
             return
-        segments = self.policy.plan(live, self._step_number, can_decode=step.useful)
+        segments = self.policy.plan(live, self._step_number, can_decode)
         if not segments:
             return
         owned = [(segment, self._requests[segment.request]) for segment in segments]
         with self._stream.launching():
-            logits = self.canonical_pass.run([self._pass_segment(*item) for item in owned], self._table)
+            logits = self.canonical_passes.run([self._pass_segment(*item) for item in owned], self._table)
             self._launched.append(self._judge(owned, logits))
-        self.statistics.count_pass(segments, self.config.lane.rows)
+        rows = self.policy.size_for(len(segments)) * self.config.window_size
+        self.statistics.count_pass(segments, rows)
 
     def _pass_segment(self, segment: Segment, req: Req) -> PassSegment:
         known = segment.kind is SegmentKind.PROMPT

@@ -7,13 +7,14 @@ concerned and otherwise leaves the matter to SGLang.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_ext.doctor.certify import certify_quickly
+from sglang_ext.doctor.certify import certify_quickly, certify_sizes
 from sglang_ext.llm42 import allocation, logprobs
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.attention import canonical_attention_factory
@@ -84,7 +85,8 @@ def certify(scheduler: Scheduler) -> None:
         CertificationError: rows of canonical passes are not invariant with this model and configuration.
     """
     runtime().wait_for_passes()
-    certificate = certify_quickly(runtime().canonical_pass)
+    passes = runtime().canonical_passes
+    certificate = certify_quickly(passes.full)
     scheduler.llm42_fingerprint = certificate.fingerprint
     logger.info(
         "Row invariance %s (checked in %.1f s); canonical fingerprint %s",
@@ -92,6 +94,12 @@ def certify(scheduler: Scheduler) -> None:
         certificate.seconds,
         certificate.fingerprint,
     )
+    started = time.perf_counter()
+    sizes = certify_sizes(passes, quick=True)
+    runtime().allow_sizes(size.segments for size in sizes if size.passed)
+    if sizes:
+        seconds = time.perf_counter() - started
+        logger.info("Smaller passes (%.1f s): %s", seconds, "; ".join(map(str, sizes)))
 
 
 # Life of a request
@@ -223,9 +231,10 @@ def _guard_slots(batch: ScheduleBatch) -> None:
 
 
 def _skip_prefill(batch: ScheduleBatch) -> GenerationBatchResult:
-    """Result of a marked prefill batch: memory is allocated, the lane computes the prompts."""
+    """Result of a marked prefill batch: memory is allocated, the lane computes the prompts, from now on."""
     from sglang_ext.llm42.runtime import empty_result
 
+    runtime().launch_admitted()
     return empty_result(len(batch.reqs), batch)
 
 

@@ -45,9 +45,8 @@ def runner(tiny_llama: Path) -> Iterator[Any]:
 def make_pass(runner: Any, attention: Callable[..., Any] | None = None, segments: int = SEGMENTS) -> Any:
     from sglang_ext.llm42.attention import canonical_attention_factory
     from sglang_ext.llm42.canonical_pass import CanonicalPass
-    from sglang_ext.llm42.lane import LaneConfig
 
-    return CanonicalPass(runner, LaneConfig(ROWS, segments), attention or canonical_attention_factory(runner))
+    return CanonicalPass(runner, segments, ROWS, attention or canonical_attention_factory(runner))
 
 
 @pytest.fixture
@@ -290,3 +289,41 @@ def test_few_requests_are_said(runner: Any, canonical_pass: Any, monkeypatch: py
     certificate = certification.certify(canonical_pass, quick=True)
     assert certificate.passed
     assert any("1 of 3 segments" in note for note in certificate.notes)
+
+
+def make_sizes(runner: Any) -> Any:
+    from sglang_ext.llm42.pass_sizes import PassSizes
+
+    return PassSizes(make_pass(runner), [make_pass(runner, segments=size) for size in (1, 2)])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_smaller_passes_are_compared_with_the_full_one(runner: Any, quick: bool) -> None:
+    before = pools(runner)
+    reports = certification.certify_sizes(make_sizes(runner), quick)
+    assert [report.segments for report in reports] == [1, 2]
+    assert all(report.passed and report.comparisons >= ROWS for report in reports), reports
+    assert same(before, pools(runner))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_smaller_pass_with_other_bits_is_refused(
+    runner: Any, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a library splits the inner dimension of a product that has few rows."""
+    passes = make_sizes(runner)
+    original = runner.model.model.norm.forward
+
+    def few_rows_otherwise(x: torch.Tensor, *rest: Any) -> Any:
+        output = original(x, *rest)
+        return (output[0] * 1.01, *output[1:]) if len(x) == ROWS else output
+
+    monkeypatch.setattr(runner.model.model.norm, "forward", few_rows_otherwise)
+    one, two = certification.certify_sizes(passes, quick)
+    assert (one.segments, one.passed, two.passed) == (1, False, True)
+    assert one.differences == one.comparisons
+    assert "OTHER BITS" in str(one)
+
+
+def test_a_size_that_was_not_compared_has_not_passed() -> None:
+    assert not certification.SizeReport(2, comparisons=0, differences=0).passed

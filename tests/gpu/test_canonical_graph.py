@@ -41,14 +41,19 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def captured(runner: Any) -> Any:
+def passes(runner: Any) -> Any:
     from sglang_ext.llm42.attention import canonical_attention_factory
-    from sglang_ext.llm42.canonical_graph import CapturedCanonicalPass, canonical_pass_for
+    from sglang_ext.llm42.canonical_graph import CapturedCanonicalPass, canonical_passes_for
     from sglang_ext.llm42.lane import LaneConfig
 
-    result = canonical_pass_for(runner, LaneConfig(ROWS, SEGMENTS), canonical_attention_factory(runner))
-    assert isinstance(result, CapturedCanonicalPass)
+    result = canonical_passes_for(runner, LaneConfig(ROWS, SEGMENTS), canonical_attention_factory(runner))
+    assert isinstance(result.full, CapturedCanonicalPass)
     return result
+
+
+@pytest.fixture(scope="module")
+def captured(passes: Any) -> Any:
+    return passes.full
 
 
 class Requests:
@@ -190,6 +195,23 @@ def test_plans_of_passes_in_a_row_do_not_mix(runner: Any, captured: Any) -> None
     assert all(_equal(a, b) for a, b in zip(run_all(0), run_all(200_000_000), strict=True))
 
 
+def test_smaller_graphs_share_memory_and_are_certified(runner: Any, passes: Any) -> None:
+    """Sizes that the certification allows give the full graph's bits, in any order of sizes."""
+    from sglang_ext.doctor.certify import certify_sizes
+
+    reports = certify_sizes(passes)
+    assert [report.segments for report in reports] == [2, 3, 4, 6]
+    assert all(report.comparisons for report in reports)
+    allowed = [report.segments for report in reports if report.passed]
+    assert allowed, reports
+    requests, choice = Requests(runner), random.Random(7)
+    for number in range(20):
+        segments = requests.segments(choice)[: choice.choice(allowed)]
+        size = min(size for size in allowed if size >= len(segments))
+        whole = _run(passes.full, requests, segments, number)
+        assert _equal(whole, _run(passes.smaller[size], requests, segments, number)), (size, number)
+
+
 def test_certificate_is_of_the_graph(captured: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang_ext.doctor.certify import certify, certify_quickly
 
@@ -211,7 +233,7 @@ def test_certificate_is_of_the_graph(captured: Any, monkeypatch: pytest.MonkeyPa
 
 def test_what_cannot_be_captured_is_said(runner: Any) -> None:
     from sglang_ext.llm42.attention import canonical_attention_factory
-    from sglang_ext.llm42.canonical_graph import CaptureError, canonical_pass_for
+    from sglang_ext.llm42.canonical_graph import CaptureError, canonical_passes_for
     from sglang_ext.llm42.lane import LaneConfig
 
     def waiting_attention(*args: Any) -> Any:
@@ -228,4 +250,4 @@ def test_what_cannot_be_captured_is_said(runner: Any) -> None:
     with pytest.raises(
         CaptureError, match=r"--enable-llm42: the canonical pass of 2 segments of 16 rows could not"
     ):
-        canonical_pass_for(runner, LaneConfig(ROWS, 2), waiting_attention)
+        canonical_passes_for(runner, LaneConfig(ROWS, 2), waiting_attention)

@@ -128,7 +128,7 @@ def test_a_due_window_waits_no_longer_than_the_rule_says(config: LaneConfig, see
                 since.setdefault(request, step)
                 # At least every second pass segment goes to windows, oldest first; a full round over
                 # all requests plus the permitted wait bounds the delay.
-                assert step - since[request] <= config.max_wait_steps + 2 * limit + 2
+                assert step - since[request] <= config.patience + 2 * limit + 2
 
 
 def decoding(pending: int, **traits: bool) -> LaneRequest:
@@ -165,11 +165,54 @@ def test_urgent_request_is_verified_at_once_and_fills_up_with_others() -> None:
     assert [s.rows for s in segments] == [1, 5, 3]
 
 
+def test_few_windows_wait_longer_than_those_that_fill_the_smallest_pass() -> None:
+    config = LaneConfig(window_size=32, verify_batch_size=8, max_wait_steps=2)
+    assert config.patience == 8
+
+    def waits(windows: int, **traits: bool) -> int:
+        policy = LanePolicy(config)
+        policy.sizes = (2, 8)
+        requests = [decoding(32, **traits) for _ in range(windows)]
+        return next(step for step in range(100) if policy.plan(requests, step, can_decode=True))
+
+    assert [waits(windows) for windows in (1, 2, 7, 8)] == [8, 2, 2, 0]
+    assert waits(1, streamed=True) == 2
+    assert waits(1, urgent=True) == 0
+
+
+def test_finished_output_waits_for_its_verification_no_longer_than_it_must() -> None:
+    policy = LanePolicy(LaneConfig(window_size=32, verify_batch_size=8, max_wait_steps=2))
+    request = decoding(10)
+    request.max_end = 12
+    assert request.length_reached
+    assert [len(policy.plan([request, decoding(1)], step, can_decode=True)) for step in range(3)] == [0, 0, 2]
+
+
+def test_a_pass_is_no_larger_than_what_is_due() -> None:
+    """Room that costs nothing is filled; a larger pass for what could wait would not be free."""
+    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=8))
+    policy.sizes = (2, 4, 8)
+    requests = [decoding(8) for _ in range(3)] + [decoding(pending) for pending in (5, 6, 7)]
+    requests[0].urgent = True
+    segments = policy.plan(requests, 1, can_decode=True)
+    assert [s.rows for s in segments] == [8, 8, 8, 7]
+    prompts = [
+        LaneRequest(known_end=8 * 5, max_end=90, canonical_end=0),
+        decoding(3),
+        decoding(4),
+        decoding(5),
+    ]
+    kinds = [s.kind for s in policy.plan(prompts, 2, can_decode=True)]
+    assert kinds.count(SegmentKind.PROMPT) == 5
+    assert kinds.count(SegmentKind.VERIFY) == 3
+
+
 def test_room_in_a_pass_goes_to_doubtful_candidates_first() -> None:
     policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=2, max_wait_steps=0))
     full, many, doubtful = decoding(8), decoding(7), decoding(2)
     doubtful.doubtful = True
     assert policy.plan([many, doubtful], 1, can_decode=True) == []
+    full.urgent = True
     segments = policy.plan([many, doubtful, full], 2, can_decode=True)
     assert [s.request for s in segments] == [full, doubtful]
     assert not doubtful.doubtful
