@@ -147,6 +147,8 @@ CONTENDERS = {
         Contender("ours-5", "ours", 5),
         Contender("ours-20", "ours", 20),
         Contender("in-turn-100", "in-turn", 100),
+        Contender("one-size-100", "one-size", 100),
+        Contender("one-size-10", "one-size", 10),
     )
 }
 DEFAULT_CONTENDERS = "stock,ours-100,ours-50,ours-10,sglang-deterministic,ours-0"
@@ -345,8 +347,11 @@ def system_flags(system: str, arguments: argparse.Namespace) -> list[str]:
     if system == "deterministic":
         return ["--enable-deterministic-inference"]
     shape = ("--llm42-window-size", arguments.window, "--llm42-verify-batch-size", arguments.group)
-    turn = ["--llm42-disable-overlap-verification"] if system == "in-turn" else []
-    return ["--enable-llm42", *map(str, shape), *turn, *shlex.split(arguments.ours_flags)]
+    variant = {
+        "in-turn": ["--llm42-disable-overlap-verification"],
+        "one-size": ["--llm42-disable-smaller-passes"],
+    }.get(system, [])
+    return ["--enable-llm42", *map(str, shape), *variant, *shlex.split(arguments.ours_flags)]
 
 
 def common_flags(arguments: argparse.Namespace, folder: Path) -> list[str]:
