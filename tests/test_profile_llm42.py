@@ -10,8 +10,6 @@ from profile_llm42 import Kernel, gaps, kernels, length, summary, union
 def event(
     name: str, stream: int, begin: float, duration: float, category: str = "kernel"
 ) -> dict[str, object]:
-    name: str, stream: int, begin: float, duration: float, category: str = "kernel"
-) -> dict[str, object]:
     return {"name": name, "cat": category, "ts": begin, "dur": duration, "args": {"stream": stream}}
 
 
