@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import make_tokenizer
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import attach_additional_stop_token_ids
 
@@ -31,13 +32,41 @@ TOKENIZER = make_tokenizer(("<s>", "</s>", *PIECES))
 attach_additional_stop_token_ids(TOKENIZER)
 
 
+class Grammar:
+    """Allows everything but one token, and is complete after another, as an xgrammar matcher would say."""
+
+    def __init__(self, last: int | None, forbidden: int | None = None) -> None:
+        self.last, self.forbidden = last, forbidden
+        self.accepted: list[int] = []
+        self.finished = False
+
+    def is_terminated(self) -> bool:
+        return self.last in self.accepted
+
+    def accept_token(self, token: int) -> None:
+        if self.is_terminated():
+            return
+        if token == self.forbidden:
+            raise ValueError("Tokens not accepted")
+        self.accepted.append(token)
+
+    def rollback(self, count: int) -> None:
+        assert 0 < count <= len(self.accepted)
+        del self.accepted[-count:]
+
+
 @dataclass(frozen=True)
 class Case:
-    """A canonical token sequence and what may end it."""
+    """A canonical token sequence and what may end it.
+
+    Attributes:
+        grammar: the token that ends its grammar, and one that it does not allow; None without a grammar.
+    """
 
     tokens: tuple[int, ...]
     max_new_tokens: int
     stops: dict[str, Any] = field(default_factory=dict)
+    grammar: tuple[int | None, int | None] | None = None
 
     @property
     def sequence(self) -> tuple[int, ...]:
@@ -67,6 +96,10 @@ CASES = (
     Case((8, 8, 4, 6, 9, 7, 6, 6, 2, EOS), 6, {"stop_regex": ["c.a+b"], "stop_token_ids": [7]}),
     Case((8, 8, 4, 6, 7, 2, 6, 6, 2, EOS), 7, {"stop_regex": ["x|ca{2,3}b"], "stop": ["aba", "ba"]}),
     Case((2, 3, 7, 6, EOS, 8, 8, 8, 8, 8), 5, {"stop": ["c"], "stop_token_ids": [6]}),
+    Case((2, 3, 4, EOS, 6, 7, 2, 3, 4, 5), 10, {}, (EOS, None)),
+    Case((2, 3, 4, 6, EOS, 7, 2, 3, 4, 5), 10, {"ignore_eos": True}, (EOS, None)),
+    Case((6, 3, 4, 2, 5, 7, 2, 3, 4, 5), 10, {"ignore_eos": True}, (6, None)),
+    Case((2, 3, 4, 6, EOS, 7, 2, 3, 4, 5), 5, {"ignore_eos": True}, (EOS, None)),
 )
 
 
@@ -78,6 +111,7 @@ def _request(case: Case, marked: bool) -> Req:
     req = Req("r", "", array("q", PROMPT), params, eos_token_ids={EOS}, vocab_size=VOCABULARY)
     req.tokenizer = TOKENIZER
     req.cached_tokens = 0
+    req.grammar = Grammar(*case.grammar) if case.grammar else None
     attach(req, weights_generation=0)
     return req
 
@@ -88,12 +122,20 @@ def _outcome(req: Req) -> Outcome:
     return Outcome(token_ids, TOKENIZER.decode(token_ids), finish, req.finished_len)
 
 
+def _accept(req: Req, token_ids: list[int]) -> None:
+    """SGLang's grammar step behind the finish check of a decode step."""
+    if req.grammar is not None:
+        SchedulerBatchResultProcessor._accept_grammar_tokens(None, req, token_ids)
+        req.grammar.finished = req.finished()
+
+
 def _one_by_one(case: Case) -> Outcome:
     """SGLang's own ordinary decoding of an unmarked request: one token, one check."""
     req = _request(case, marked=False)
     for token in case.sequence:
         req.output_ids.append(token)
         req.update_finish_state()
+        _accept(req, [token])
         if req.finished():
             break
     return _outcome(req)
@@ -107,6 +149,7 @@ def _in_verdicts(case: Case, verdicts: Sequence[Sequence[Verdict]]) -> tuple[Out
         # From here on as SGLang processes a step that accepted several tokens.
         req.output_ids.extend(token_ids)
         req.update_finish_state(max(1, len(token_ids)))
+        _accept(req, token_ids)
         if req.finished():
             break
         assert req.kv_committed_len == len(PROMPT) + len(req.output_ids) - 1
@@ -185,6 +228,7 @@ def test_any_cut_of_any_tokens(data: st.DataObject) -> None:
             "stop_token_ids": data.draw(st.lists(st.integers(2, VOCABULARY - 1), max_size=1)),
             "ignore_eos": data.draw(st.booleans()),
         },
+        data.draw(st.none() | st.tuples(st.integers(1, VOCABULARY - 1), st.none())),
     )
     remaining, lengths = len(case.sequence) - 1, []
     while remaining:
@@ -199,6 +243,25 @@ def test_any_cut_of_any_tokens(data: st.DataObject) -> None:
     outcome, state = _in_verdicts(case, [step for step in steps if step])
     assert outcome == _one_by_one(case)
     assert state.log.tokens == outcome.token_ids
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_output_ends_at_a_token_that_the_grammar_refuses(together: bool) -> None:
+    """A contradictory grammar: what was decided behind the token must not reach the client."""
+    case = Case((2, 3, 4, 9, 6, 7, 2, 3), 8, grammar=(None, 9))
+    for lengths in _every_cut(len(case.sequence) - 1):
+        verdicts = _cut(case.sequence, lengths)
+        req = _request(case, marked=True)
+        for step in [verdicts] if together else [[verdict] for verdict in verdicts]:
+            token_ids = commit(req, step)
+            req.output_ids.extend(token_ids)
+            req.update_finish_state(max(1, len(token_ids)))
+            if req.finished():
+                break
+            _accept(req, token_ids)
+        req.update_finish_state(1)
+        assert list(req.output_ids) == [2, 3, 4, 9], lengths
+        assert req.finished_reason.to_json()["type"] == "abort"
 
 
 def test_an_aborted_request_commits_nothing_more() -> None:
@@ -218,7 +281,7 @@ def test_an_aborted_request_commits_nothing_more() -> None:
 def test_checking_whole_windows_would_finish_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without our check token by token the outcome depends on the cut: these cases can tell."""
 
-    def append_whole(req: Req, state: DeterministicRequest, verdict: Verdict) -> None:
+    def append_whole(req: Req, state: DeterministicRequest, verdict: Verdict, grammar: object) -> None:
         req.output_ids.extend(verdict.tokens)
         req.update_finish_state(len(verdict.tokens))
 
