@@ -53,6 +53,7 @@ class DeterministicRequest:
         prompt_logprobs: log-probabilities of prompt tokens found so far, in order of position.
         output_logprobs: those of committed output tokens that SGLang has not taken over yet.
         decided: all output tokens that passes have decided, committed or not.
+        grammar: SGLang's grammar object as it was before it accepted a token, None without a grammar.
         matcher: grammar matcher that has accepted ``decided``, None without a grammar.
         row_params: the sampling parameters of each of its rows, once a row was sampled.
     """
@@ -68,7 +69,8 @@ class DeterministicRequest:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     decided: list[int] = field(default_factory=list)
-    matcher: Any = None
+    grammar: Any = None
+    matcher: logit_processing.Matcher | None = None
     row_params: RowParams | None = None
 
     def admit(self, req: Req) -> LaneRequest:
@@ -76,7 +78,10 @@ class DeterministicRequest:
         cached = len(req.prefix_indices)
         self.prompt_logprobs.clear()
         self.decided = list(req.output_ids)
-        self.matcher = logit_processing.new_matcher(req, self.decided)
+        if self.grammar is None and req.grammar is not None:
+            # The first admission: nothing is committed, so SGLang's own has accepted nothing.
+            self.grammar = req.grammar.copy()
+        self.matcher = None if self.grammar is None else logit_processing.Matcher(self.grammar, self.decided)
         self.lane = LaneRequest(
             known_end=len(req.full_untruncated_fill_ids),
             max_end=len(req.origin_input_ids) + req.sampling_params.max_new_tokens,
