@@ -36,10 +36,11 @@ class RowView(NamedTuple):
 class Matcher:
     """Follows what passes have decided through a request's grammar, and looks ahead over candidates.
 
-    SGLang's own matcher follows the committed output, which lags behind what is decided. Grammar backends differ
-    in what they can rewind: xgrammar all of it, llguidance nothing once it has refused a token, outlines nothing
-    at all. Copies of llguidance's grammars and of grammars behind reasoning keep what was accepted, others lose
-    it. So this one starts from a grammar that has accepted nothing, and starts again where rewinding fails.
+    SGLang's own matcher follows the committed output, which lags behind what is decided. Grammar backends
+    differ in what they can rewind: xgrammar all of it, llguidance nothing once it has refused a token,
+    outlines nothing at all. Copies of llguidance's grammars and of those behind reasoning keep what was
+    accepted, others lose it. So this one starts from a grammar that has accepted nothing, and starts again
+    where rewinding fails.
 
     Args:
         pristine: SGLang's grammar object, before it has accepted a token; only copies of it are used.
@@ -74,7 +75,7 @@ class Matcher:
         self._decided.append(token)
 
     def constrain(self, logits: torch.Tensor, candidates: Sequence[int]) -> None:
-        """Mask in ``logits`` (``[vocabulary]``, in place) what the grammar does not allow after ``candidates``."""
+        """Mask what the grammar does not allow after ``candidates``; ``logits`` of shape ``[vocabulary]``."""
         ahead = 0
         try:
             for token in candidates:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_ext.llm42 import logit_processing
 from sglang_ext.llm42.commit_log import CommitLog
-from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
+from sglang_ext.llm42.config import CANONICAL_NAMESPACE
 from sglang_ext.llm42.lane import LaneRequest
 from sglang_ext.llm42.sampling import DEFAULT_SEED, RowParams
+from sglang_ext.llm42.server.marks import is_marked
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -95,14 +96,14 @@ class DeterministicRequest:
         self.verdicts.append(verdict)
         self.decided += verdict.tokens
         if self.matcher is not None:
-            self._advance_matcher(verdict.tokens)
+            self._advance(self.matcher, verdict.tokens)
 
-    def _advance_matcher(self, tokens: tuple[int, ...]) -> None:
+    def _advance(self, matcher: logit_processing.Matcher, tokens: tuple[int, ...]) -> None:
         for token in tokens:
-            if self.matcher.is_terminated():
+            if matcher.is_terminated():
                 return
             try:
-                self.matcher.accept_token(token)
+                matcher.accept_token(token)
             except ValueError:
                 # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
                 self.matcher = None
@@ -130,8 +131,7 @@ def attach(req: Req, weights_generation: int) -> None:
     Args:
         weights_generation: how often the server's weights were updated.
     """
-    settings = (req.sampling_params.custom_params or {}).get(REQUEST_KEY)
-    if not settings:
+    if not is_marked(req.sampling_params.custom_params):
         req.llm42 = None
         return
     seed = req.sampling_params.sampling_seed

@@ -230,9 +230,7 @@ def xgrammar_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang_ext.cpu import sampling
 
     monkeypatch.setattr(xgrammar_backend, "_allocate_token_bitmask", sampling.allocate_grammar_mask)
-    monkeypatch.setattr(
-        xgrammar_backend.XGrammarGrammar, "apply_vocab_mask", sampling.apply_grammar_mask_of
-    )
+    monkeypatch.setattr(xgrammar_backend.XGrammarGrammar, "apply_vocab_mask", sampling.apply_grammar_mask_of)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.sampling import derive_seed
@@ -95,6 +96,20 @@ def test_unmarked_requests_are_not_touched() -> None:
     obj = _request(params)
     assert _custom(obj) == {"mine": 1}
     assert obj.sampling_params is params
+
+
+@pytest.mark.parametrize("custom", ["text", [1], 5])
+def test_unmarked_requests_may_have_anything_in_custom_params(custom: Any) -> None:
+    """SGLang serves them; looking for a mark in there ended the scheduler."""
+    manager, obj = _manager(), _request({"custom_params": custom})
+    sent = _tokenize(obj, manager)
+    assert sent.sampling_params.custom_params == custom
+    manager.child_rid_to_logical_rid[sent.rid] = obj.rid
+    intake.send_one_request(manager, sent)
+    assert _collect(manager, obj)[0] == {"completion_tokens": 1}
+    req = types.SimpleNamespace(sampling_params=sent.sampling_params, extra_key=None)
+    deterministic.attach(req, 0)
+    assert deterministic.of(req) is None and req.extra_key is None
 
 
 def test_other_parameters_stay() -> None:
@@ -191,6 +206,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("temprature", {"temprature": 0.5}, {}),
     ("top_logprobs_num", {}, {"return_logprob": True, "top_logprobs_num": VOCABULARY + 1}),
     ("extra_key", {}, {"extra_key": ["a"]}),
+    ("return_hidden_states", {}, {"return_hidden_states": []}),
 ]
 
 
