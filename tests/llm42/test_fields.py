@@ -107,6 +107,7 @@ def test_null_is_the_default() -> None:
         ("token_ids_logprob", [True]),
         ("token_ids_logprob", [VOCABULARY]),
         ("stream", 1),
+        ("rid", "\ud800"),
         ("return_hidden_states", []),
         ("return_hidden_states", "first"),
         ("custom_logit_processor", []),

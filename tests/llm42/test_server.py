@@ -231,6 +231,32 @@ def test_wrong_types_are_named_before_sglang_reads_them(
     assert len(sent) == 2, "unmarked requests are SGLang's to judge"
 
 
+READ_FIRST: list[tuple[str, Any]] = [("n", "2"), ("n", None), ("n", 1.5), ("max_new_tokens", "5")]
+
+
+@pytest.mark.parametrize("how", ["one", "batch", "mark all"])
+@pytest.mark.parametrize(("field", "value"), READ_FIRST, ids=str)
+def test_what_sglang_computes_with_first_is_named_before(field: str, value: Any, how: str) -> None:
+    """Each of these was a 500: the first of SGLang's own functions raised a TypeError."""
+    mark = {} if how == "mark all" else {"is_deterministic": True}
+    wrong = {"max_new_tokens": 4, **mark, field: value}
+    fields = {"input_ids": [[1], [2]], "sampling_params": [{"n": 1}, wrong]}
+    if how != "batch":
+        fields = {"input_ids": [1], "sampling_params": wrong}
+    sent: list[Any] = []
+
+    def send(obj: GenerateReqInput, **server_args: Any) -> None:
+        intake.generate_request(lambda manager, obj: sent.append(obj), _manager(**server_args), obj)
+
+    with pytest.raises(ValueError, match=f"^{field} must be "):
+        send(GenerateReqInput(**fields), llm42_mark_all=how == "mark all")
+    assert not sent
+    send(GenerateReqInput(input_ids=[1], sampling_params={field: value}))
+    send(GenerateReqInput(input_ids=[1], sampling_params={"n": 2, "is_deterministic": True}))
+    send(GenerateReqInput(input_ids=[1]))
+    assert len(sent) == 3, "unmarked requests are SGLang's to judge"
+
+
 def test_prompts_without_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         intake.create_tokenized_object(

@@ -159,6 +159,9 @@ SAMPLING: Mapping[str, Kind] = {
     "custom_params": _OBJECT,
 }
 
+#: Those that SGLang computes with as soon as a request arrives.
+READ_FIRST = ("n", "max_new_tokens")
+
 #: Those that depend on the vocabulary's size.
 SAMPLING_BY_VOCABULARY: Mapping[str, Callable[[int], Kind]] = {"stop_token_ids": _token_ids}
 
@@ -167,6 +170,7 @@ REQUEST: Mapping[str, Kind] = {
     "return_logprob": _BOOL,
     "logprob_start_len": _integer(-1),
     "stream": _BOOL,
+    "rid": _TEXT,
     "return_hidden_states": _HIDDEN_STATES,
     "custom_logit_processor": _PROCESSOR,
     "extra_key": _TEXT,
@@ -179,10 +183,21 @@ REQUEST_BY_VOCABULARY: Mapping[str, Callable[[int], Kind]] = {
 }
 
 
+def check_first(params: Mapping[str, Any]) -> None:
+    """Check the sampling parameters that SGLang computes with before it tokenizes a request.
+
+    Raises:
+        ValueError: as :func:`check_sampling`.
+    """
+    if "n" in params and params["n"] is None:
+        raise ValueError(f"n must be {SAMPLING['n'].what}, not None.")
+    _check({name: params.get(name) for name in READ_FIRST}, SAMPLING)
+
+
 def check_sampling(params: Mapping[str, Any], vocab_size: int) -> None:
     """Check the sampling parameters of a deterministic request as its client wrote them.
 
-    None stands for a parameter's default everywhere.
+    None stands for a parameter's default everywhere (``n`` has been looked at by :func:`check_first`).
 
     Raises:
         ValueError: a parameter is unknown, or its value is of the wrong type or out of range; the message
