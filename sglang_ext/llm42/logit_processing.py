@@ -34,30 +34,33 @@ class RowView(NamedTuple):
 
 
 class Matcher:
-    """Follows what passes have decided through a request's grammar, and looks ahead over candidates.
+    """Follows the output through a request's grammar, and looks ahead over candidates.
 
-    SGLang's own matcher follows the committed output, which lags behind what is decided. Grammar backends
-    differ in what they can rewind: xgrammar all of it, llguidance nothing once it has refused a token,
-    outlines nothing at all. Copies of llguidance's grammars and of those behind reasoning keep what was
-    accepted, others lose it. So this one starts from a grammar that has accepted nothing, and starts again
-    where rewinding fails.
+    SGLang's own matcher follows the committed output when it processes a step. Grammar backends differ in
+    what they can rewind: xgrammar all of it, llguidance nothing once it has refused a token, outlines nothing
+    at all. Copies of llguidance's grammars and of those behind reasoning keep what was accepted, others lose
+    it. So this one starts from a grammar that has accepted nothing, and starts again where rewinding fails.
 
     Args:
         pristine: SGLang's grammar object, before it has accepted a token; only copies of it are used.
-        decided: output tokens that passes have decided so far.
+        output: tokens to follow first.
+
+    Attributes:
+        refused: whether the grammar did not accept the last token that :meth:`follow` was told.
 
     Raises:
-        ValueError: the grammar refuses one of ``decided``.
+        ValueError: the grammar refuses one of ``output``.
     """
 
-    def __init__(self, pristine: Any, decided: Sequence[int] = ()) -> None:
+    def __init__(self, pristine: Any, output: Sequence[int] = ()) -> None:
+        self.refused = False
         self._pristine = pristine
-        self._decided = list(decided)
+        self._output = list(output)
         self._grammar = self._start()
 
     def _start(self) -> Any:
         grammar = self._pristine.copy()
-        for token in self._decided:
+        for token in self._output:
             grammar.accept_token(token)
         return grammar
 
@@ -65,14 +68,16 @@ class Matcher:
         """Whether the grammar has come to its end."""
         return self._grammar.is_terminated()
 
-    def accept_token(self, token: int) -> None:
-        """A pass decided ``token``.
-
-        Raises:
-            ValueError: the grammar refuses it; the matcher is of no use any more.
-        """
-        self._grammar.accept_token(token)
-        self._decided.append(token)
+    def follow(self, token: int) -> None:
+        """``token`` is the next one of the output; once the grammar has ended or refused, nothing matters."""
+        if self.refused or self.is_terminated():
+            return
+        try:
+            self._grammar.accept_token(token)
+        except ValueError:
+            self.refused = True
+            return
+        self._output.append(token)
 
     def constrain(self, logits: torch.Tensor, candidates: Sequence[int]) -> None:
         """Mask what the grammar does not allow after ``candidates``; ``logits`` of shape ``[vocabulary]``."""

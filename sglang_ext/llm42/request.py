@@ -55,7 +55,8 @@ class DeterministicRequest:
         output_logprobs: those of committed output tokens that SGLang has not taken over yet.
         decided: all output tokens that passes have decided, committed or not.
         grammar: SGLang's grammar object as it was before it accepted a token, None without a grammar.
-        matcher: grammar matcher that has accepted ``decided``, None without a grammar.
+        matcher: grammar matcher that has accepted ``decided``, None without a grammar or once it refused one.
+        committed: one that follows the committed output, None without a grammar.
         row_params: the sampling parameters of each of its rows, once a row was sampled.
     """
 
@@ -72,6 +73,7 @@ class DeterministicRequest:
     decided: list[int] = field(default_factory=list)
     grammar: Any = None
     matcher: logit_processing.Matcher | None = None
+    committed: logit_processing.Matcher | None = None
     row_params: RowParams | None = None
 
     def admit(self, req: Req) -> LaneRequest:
@@ -79,10 +81,7 @@ class DeterministicRequest:
         cached = len(req.prefix_indices)
         self.prompt_logprobs.clear()
         self.decided = list(req.output_ids)
-        if self.grammar is None and req.grammar is not None:
-            # The first admission: nothing is committed, so SGLang's own has accepted nothing.
-            self.grammar = req.grammar.copy()
-        self.matcher = None if self.grammar is None else logit_processing.Matcher(self.grammar, self.decided)
+        self.follow_grammar(req)
         self.lane = LaneRequest(
             known_end=len(req.full_untruncated_fill_ids),
             max_end=len(req.origin_input_ids) + req.sampling_params.max_new_tokens,
@@ -91,23 +90,25 @@ class DeterministicRequest:
         )
         return self.lane
 
+    def follow_grammar(self, req: Req) -> None:
+        """Start the matchers behind the output so far, if ``req`` has a grammar."""
+        if self.grammar is None and req.grammar is not None:
+            # The first admission: nothing is committed, so SGLang's own has accepted nothing.
+            self.grammar = req.grammar.copy()
+        if self.grammar is not None:
+            self.matcher = logit_processing.Matcher(self.grammar, self.decided)
+            self.committed = logit_processing.Matcher(self.grammar, self.decided)
+
     def decide(self, verdict: Verdict) -> None:
         """A pass decided the request's next tokens."""
         self.verdicts.append(verdict)
         self.decided += verdict.tokens
-        if self.matcher is not None:
-            self._advance(self.matcher, verdict.tokens)
-
-    def _advance(self, matcher: logit_processing.Matcher, tokens: tuple[int, ...]) -> None:
-        for token in tokens:
-            if matcher.is_terminated():
-                return
-            try:
-                matcher.accept_token(token)
-            except ValueError:
-                # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
-                self.matcher = None
-                return
+        for token in verdict.tokens:
+            if self.matcher is not None:
+                self.matcher.follow(token)
+                if self.matcher.refused:
+                    # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
+                    self.matcher = None
 
     def leave(self) -> None:
         """Leave the lane: the request gives its memory back. What was decided but not committed is dropped;

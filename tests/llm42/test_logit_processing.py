@@ -216,7 +216,7 @@ def test_the_grammar_is_asked_behind_the_candidates_and_rewound(kind: type[_Digi
     for candidates, forbidden in [([], [10, 11]), ([4], [10]), ([4, 10, 5], []), ([4, 11, 5], [])]:
         assert _forbidden(matcher, candidates) == forbidden
         assert _forbidden(matcher, []) == [10, 11]
-    matcher.accept_token(4)
+    matcher.follow(4)
     for candidates in ([10], [4, 11], [4]):
         _forbidden(matcher, candidates)
         assert _forbidden(matcher, []) == [10]
