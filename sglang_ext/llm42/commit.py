@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.request import DeterministicRequest, Verdict
@@ -34,14 +34,19 @@ def commit(req: Req, verdicts: Sequence[Verdict]) -> list[int]:
         return []  # aborted: SGLang ends the request where it stands
     before = len(req.output_ids)
     state.committing = True
-    grammar = _Grammar(req.grammar)
+    grammar = req.grammar
+    if state.committed is not None:
+        # A request ends with the token after the one that ends its grammar (where that one does not end it
+        # itself: with ignore_eos), so each check must know of the tokens before it. SGLang advances its own
+        # matcher once it has the committed tokens.
+        req.grammar = state.committed
     try:
         for verdict in verdicts:
-            _append_verdict(req, state, verdict, grammar)
-            if req.finished() or grammar.refused:
+            _append_verdict(req, state, verdict)
+            if req.finished() or _refused(state):
                 break
     finally:
-        grammar.rewind()
+        req.grammar = grammar
         state.committing = False
     kept = list(req.output_ids[before:])
     del req.output_ids[before:]
@@ -54,52 +59,21 @@ def commit(req: Req, verdicts: Sequence[Verdict]) -> list[int]:
     return kept
 
 
-class _Grammar:
-    """SGLang's matcher of a request, let along while tokens are checked one at a time.
-
-    A request ends with the token after the one that ends its grammar (where that one does not end it itself:
-    with ``ignore_eos``), so each check must know of the tokens before it. SGLang advances the matcher itself
-    once it has the committed tokens, hence :meth:`rewind`.
-
-    Args:
-        matcher: None for a request without a grammar.
-
-    Attributes:
-        refused: whether it did not accept a token; SGLang ends the request there.
-    """
-
-    def __init__(self, matcher: Any) -> None:
-        self.refused = False
-        self._matcher = matcher
-        self._accepted = 0
-
-    def accept(self, token: int) -> None:
-        """``token`` was checked and is followed by others."""
-        if self._matcher is None or self._matcher.is_terminated():
-            return
-        try:
-            self._matcher.accept_token(token)
-        except ValueError:
-            self.refused = True
-            return
-        self._accepted += 1
-
-    def rewind(self) -> None:
-        """Let the matcher stand where it stood at first."""
-        if self._accepted:
-            self._matcher.rollback(self._accepted)
-            self._accepted = 0
+def _refused(state: DeterministicRequest) -> bool:
+    """Whether the grammar did not accept the last token; SGLang ends the request there."""
+    return state.committed is not None and state.committed.refused
 
 
-def _append_verdict(req: Req, state: DeterministicRequest, verdict: Verdict, grammar: _Grammar) -> None:
+def _append_verdict(req: Req, state: DeterministicRequest, verdict: Verdict) -> None:
     start = len(req.output_ids)
     for token in verdict.tokens:
         req.output_ids.append(token)
         req.update_finish_state(1)
         if req.finished():
             break
-        grammar.accept(token)
-        if grammar.refused:
+        if state.committed is not None:
+            state.committed.follow(token)
+        if _refused(state):
             break
     kept = list(req.output_ids[start:])
     state.output_logprobs.extend(verdict.logprobs[: len(kept)])

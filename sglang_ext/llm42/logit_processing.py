@@ -30,7 +30,87 @@ class RowView(NamedTuple):
 
     decided: Sequence[int]
     candidates: torch.Tensor
-    grammar: Any
+    grammar: Matcher | None
+
+
+class Matcher:
+    """Follows the output through a request's grammar, and looks ahead over candidates.
+
+    SGLang's own matcher follows the committed output when it processes a step. Grammar backends differ in
+    what they can rewind: xgrammar all of it, llguidance nothing once it has refused a token, outlines nothing
+    at all. Copies of llguidance's grammars and of those behind reasoning keep what was accepted, others lose
+    it. So this one starts from a grammar that has accepted nothing, and starts again where rewinding fails.
+
+    Args:
+        pristine: SGLang's grammar object, before it has accepted a token; only copies of it are used.
+        output: tokens to follow first.
+
+    Attributes:
+        refused: whether the grammar did not accept the last token that :meth:`follow` was told.
+
+    Raises:
+        ValueError: the grammar refuses one of ``output``.
+    """
+
+    def __init__(self, pristine: Any, output: Sequence[int] = ()) -> None:
+        self.refused = False
+        self._pristine = pristine
+        self._output = list(output)
+        self._grammar = self._start()
+
+    def _start(self) -> Any:
+        grammar = self._pristine.copy()
+        for token in self._output:
+            grammar.accept_token(token)
+        return grammar
+
+    def is_terminated(self) -> bool:
+        """Whether the grammar has come to its end."""
+        return self._grammar.is_terminated()
+
+    def follow(self, token: int) -> None:
+        """``token`` is the next one of the output; once the grammar has ended or refused, nothing matters."""
+        if self.refused or self.is_terminated():
+            return
+        try:
+            self._grammar.accept_token(token)
+        except ValueError:
+            self.refused = True
+            return
+        self._output.append(token)
+
+    def constrain(self, logits: torch.Tensor, candidates: Sequence[int]) -> None:
+        """Mask what the grammar does not allow after ``candidates``; ``logits`` of shape ``[vocabulary]``."""
+        ahead = 0
+        try:
+            for token in candidates:
+                if self.is_terminated():
+                    break
+                self._grammar.accept_token(token)
+                ahead += 1
+        except ValueError:
+            # An earlier row rejects this candidate, so this row decides nothing.
+            self._grammar = self._start()
+            return
+        try:
+            if not self.is_terminated():
+                self._mask(logits)
+        finally:
+            if ahead:
+                self._rewind(ahead)
+
+    def _mask(self, logits: torch.Tensor) -> None:
+        grammar = self._grammar
+        mask = grammar.allocate_vocab_mask(logits.shape[0], 1, logits.device)
+        grammar.fill_vocab_mask(mask, 0)
+        mask = grammar.move_vocab_mask(mask, logits.device)
+        grammar.apply_vocab_mask(logits=logits[None], vocab_mask=mask)
+
+    def _rewind(self, tokens: int) -> None:
+        try:
+            self._grammar.rollback(tokens)
+        except NotImplementedError:
+            self._grammar = self._start()
 
 
 def required(req: Req) -> bool:
@@ -51,25 +131,12 @@ def apply(logits: torch.Tensor, req: Req, view: RowView) -> None:
     """Process one row in place; ``logits`` is float32 of shape ``[vocabulary]``."""
     _penalise(logits, req, view)
     if view.grammar is not None:
-        _constrain(logits, view)
+        view.grammar.constrain(logits, view.candidates.tolist())
     if req.sampling_params.logit_bias:
         for token, bias in req.sampling_params.logit_bias.items():
             logits[int(token)] += bias
     if req.custom_logit_processor:
         _custom(logits, req, view)
-
-
-def new_matcher(req: Req, decided: Sequence[int]) -> Any:
-    """A matcher of the request's own grammar that has accepted ``decided``; None without a grammar.
-
-    SGLang's own matcher follows the committed output, which lags behind what passes have decided.
-    """
-    if req.grammar is None:
-        return None
-    matcher = req.grammar.copy()
-    for token in decided:
-        matcher.accept_token(token)
-    return matcher
 
 
 def _penalise(logits: torch.Tensor, req: Req, view: RowView) -> None:
@@ -100,30 +167,6 @@ def _stop_tokens(req: Req) -> list[int]:
         if req.tokenizer.eos_token_id is not None:
             tokens.add(req.tokenizer.eos_token_id)
     return sorted(tokens)
-
-
-def _constrain(logits: torch.Tensor, view: RowView) -> None:
-    """Mask what the grammar does not allow after the candidates in front of the row."""
-    grammar = view.grammar
-    accepted = 0
-    try:
-        for token in view.candidates.tolist():
-            if grammar.is_terminated():
-                return
-            try:
-                grammar.accept_token(token)
-            except ValueError:
-                return  # an earlier row rejects this candidate, so this row decides nothing
-            accepted += 1
-        if grammar.is_terminated():
-            return
-        mask = grammar.allocate_vocab_mask(logits.shape[0], 1, logits.device)
-        grammar.fill_vocab_mask(mask, 0)
-        mask = grammar.move_vocab_mask(mask, logits.device)
-        grammar.apply_vocab_mask(logits=logits[None], vocab_mask=mask)
-    finally:
-        if accepted:
-            grammar.rollback(accepted)
 
 
 def _custom(logits: torch.Tensor, req: Req, view: RowView) -> None:

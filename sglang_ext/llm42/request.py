@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_ext.llm42 import logit_processing
 from sglang_ext.llm42.commit_log import CommitLog
-from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
+from sglang_ext.llm42.config import CANONICAL_NAMESPACE
 from sglang_ext.llm42.lane import LaneRequest
 from sglang_ext.llm42.sampling import DEFAULT_SEED, RowParams
+from sglang_ext.llm42.server.marks import is_marked
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -53,7 +54,9 @@ class DeterministicRequest:
         prompt_logprobs: log-probabilities of prompt tokens found so far, in order of position.
         output_logprobs: those of committed output tokens that SGLang has not taken over yet.
         decided: all output tokens that passes have decided, committed or not.
-        matcher: grammar matcher that has accepted ``decided``, None without a grammar.
+        grammar: SGLang's grammar object as it was before it accepted a token, None without a grammar.
+        matcher: grammar matcher that has accepted ``decided``, None without a grammar or once it refused one.
+        committed: one that follows the committed output, None without a grammar.
         row_params: the sampling parameters of each of its rows, once a row was sampled.
     """
 
@@ -68,7 +71,9 @@ class DeterministicRequest:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
     decided: list[int] = field(default_factory=list)
-    matcher: Any = None
+    grammar: Any = None
+    matcher: logit_processing.Matcher | None = None
+    committed: logit_processing.Matcher | None = None
     row_params: RowParams | None = None
 
     def admit(self, req: Req) -> LaneRequest:
@@ -76,7 +81,7 @@ class DeterministicRequest:
         cached = len(req.prefix_indices)
         self.prompt_logprobs.clear()
         self.decided = list(req.output_ids)
-        self.matcher = logit_processing.new_matcher(req, self.decided)
+        self.follow_grammar(req)
         self.lane = LaneRequest(
             known_end=len(req.full_untruncated_fill_ids),
             max_end=len(req.origin_input_ids) + req.sampling_params.max_new_tokens,
@@ -85,23 +90,25 @@ class DeterministicRequest:
         )
         return self.lane
 
+    def follow_grammar(self, req: Req) -> None:
+        """Start the matchers behind the output so far, if ``req`` has a grammar."""
+        if self.grammar is None and req.grammar is not None:
+            # The first admission: nothing is committed, so SGLang's own has accepted nothing.
+            self.grammar = req.grammar.copy()
+        if self.grammar is not None:
+            self.matcher = logit_processing.Matcher(self.grammar, self.decided)
+            self.committed = logit_processing.Matcher(self.grammar, self.decided)
+
     def decide(self, verdict: Verdict) -> None:
         """A pass decided the request's next tokens."""
         self.verdicts.append(verdict)
         self.decided += verdict.tokens
-        if self.matcher is not None:
-            self._advance_matcher(verdict.tokens)
-
-    def _advance_matcher(self, tokens: tuple[int, ...]) -> None:
-        for token in tokens:
-            if self.matcher.is_terminated():
-                return
-            try:
-                self.matcher.accept_token(token)
-            except ValueError:
-                # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
-                self.matcher = None
-                return
+        for token in verdict.tokens:
+            if self.matcher is not None:
+                self.matcher.follow(token)
+                if self.matcher.refused:
+                    # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
+                    self.matcher = None
 
     def leave(self) -> None:
         """Leave the lane: the request gives its memory back. What was decided but not committed is dropped;
@@ -125,8 +132,7 @@ def attach(req: Req, weights_generation: int) -> None:
     Args:
         weights_generation: how often the server's weights were updated.
     """
-    settings = (req.sampling_params.custom_params or {}).get(REQUEST_KEY)
-    if not settings:
+    if not is_marked(req.sampling_params.custom_params):
         req.llm42 = None
         return
     seed = req.sampling_params.sampling_seed

@@ -3,11 +3,10 @@
 Whatever a deterministic request says, the server answers in time, not with a 5xx, and goes on as before: the
 same output, no KV slot lost, SGLang's strict memory checks passed.
 
-SGLang itself answers some wrong values with a 500 before it gets to what is ours: it computes with
-``max_new_tokens`` and ``n``, and takes the elements of batches, without looking at their types. Such a
-request is sent again without its mark, and only a 500 for both is passed over. That is safe, since the server
-had not begun to handle either; other wrong values in unmarked requests end stock SGLang's scheduler and are
-not sent.
+SGLang itself answers some wrong values with a 500 before it gets to what is ours: it takes the elements of
+batches without looking at their types. Such a request is sent again without its mark, and only a 500 for both
+is passed over. That is safe, since the server had not begun to handle either; other wrong values in unmarked
+requests end stock SGLang's scheduler and are not sent.
 """
 
 from __future__ import annotations

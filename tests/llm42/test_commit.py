@@ -20,7 +20,7 @@ from sglang.srt.utils.hf_transformers_utils import attach_additional_stop_token_
 from sglang_ext.llm42 import commit as commit_module
 from sglang_ext.llm42.commit import commit, update_finish_state
 from sglang_ext.llm42.config import REQUEST_KEY
-from sglang_ext.llm42.request import DeterministicRequest, Verdict, attach
+from sglang_ext.llm42.request import DeterministicRequest, Verdict, attach, of
 
 EOS = 1
 #: Ids 2 and up; what overlaps makes stop strings span tokens in more than one way.
@@ -33,12 +33,15 @@ attach_additional_stop_token_ids(TOKENIZER)
 
 
 class Grammar:
-    """Allows everything but one token, and is complete after another, as an xgrammar matcher would say."""
+    """Allows everything but one token, and is complete after another."""
 
     def __init__(self, last: int | None, forbidden: int | None = None) -> None:
         self.last, self.forbidden = last, forbidden
         self.accepted: list[int] = []
         self.finished = False
+
+    def copy(self) -> Grammar:
+        return type(self)(self.last, self.forbidden)
 
     def is_terminated(self) -> bool:
         return self.last in self.accepted
@@ -51,8 +54,7 @@ class Grammar:
         self.accepted.append(token)
 
     def rollback(self, count: int) -> None:
-        assert 0 < count <= len(self.accepted)
-        del self.accepted[-count:]
+        raise NotImplementedError("outlines has none, and llguidance none after a token that it refused")
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def _request(case: Case, marked: bool) -> Req:
     req.cached_tokens = 0
     req.grammar = Grammar(*case.grammar) if case.grammar else None
     attach(req, weights_generation=0)
+    if marked:
+        of(req).follow_grammar(req)
     return req
 
 
@@ -281,7 +285,7 @@ def test_an_aborted_request_commits_nothing_more() -> None:
 def test_checking_whole_windows_would_finish_differently(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without our check token by token the outcome depends on the cut: these cases can tell."""
 
-    def append_whole(req: Req, state: DeterministicRequest, verdict: Verdict, grammar: object) -> None:
+    def append_whole(req: Req, state: DeterministicRequest, verdict: Verdict) -> None:
         req.output_ids.extend(verdict.tokens)
         req.update_finish_state(len(verdict.tokens))
 

@@ -107,6 +107,16 @@ def test_null_is_the_default() -> None:
         ("token_ids_logprob", [True]),
         ("token_ids_logprob", [VOCABULARY]),
         ("stream", 1),
+        ("rid", "\ud800"),
+        ("return_hidden_states", []),
+        ("return_hidden_states", "first"),
+        ("custom_logit_processor", []),
+        ("custom_logit_processor", ""),
+        ("custom_logit_processor", "text"),
+        ("custom_logit_processor", '{"callable": "text"}'),
+        ("custom_logit_processor", '{"callable": 5}'),
+        ("custom_logit_processor", "[" * 100_000),
+        ("custom_logit_processor", "5"),
         ("extra_key", ["a"]),
         ("priority", "high"),
     ],
@@ -114,6 +124,14 @@ def test_null_is_the_default() -> None:
 def test_wrong_fields_beside_the_sampling_parameters_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name} must be "):
         fields.check_request(SimpleNamespace(**{name: value}), [1], VOCABULARY)
+
+
+def test_right_fields_beside_the_sampling_parameters_pass() -> None:
+    from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
+
+    processor = DisallowedTokensLogitsProcessor.to_str()
+    for values in ({"custom_logit_processor": processor}, {"return_hidden_states": "last"}):
+        fields.check_request(SimpleNamespace(**values), [1], VOCABULARY)
 
 
 @pytest.mark.parametrize("ids", [[-1], [1, VOCABULARY], [2**62]])

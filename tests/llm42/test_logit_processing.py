@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from array import array
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ext.llm42 import logit_processing
-from sglang_ext.llm42.logit_processing import RowView
+from sglang_ext.llm42.logit_processing import Matcher, RowView
+from sglang_ext.llm42.request import DeterministicRequest
 
 VOCABULARY = 12
 
@@ -37,7 +39,7 @@ def _req(**params: Any) -> Any:
     )
 
 
-def _view(decided: list[int], candidates: list[int], grammar: Any = None) -> RowView:
+def _view(decided: list[int], candidates: list[int], grammar: Matcher | None = None) -> RowView:
     return RowView(decided, torch.tensor(candidates, dtype=torch.int64), grammar)
 
 
@@ -134,10 +136,13 @@ def test_a_request_without_any_processing_is_left_alone() -> None:
 
 
 class _Digits:
-    """A grammar of ``[0-9]*`` that ends with token 11; counts what it has accepted."""
+    """A grammar of ``[0-9]*`` that ends with token 11; counts what it has accepted, as xgrammar's do."""
 
     def __init__(self) -> None:
         self.accepted: list[int] = []
+
+    def copy(self) -> _Digits:
+        return type(self)()
 
     def is_terminated(self) -> bool:
         return self.accepted[-1:] == [11]
@@ -164,17 +169,123 @@ class _Digits:
         logits.masked_fill_(~vocab_mask, float("-inf"))
 
 
-@pytest.mark.parametrize(
-    ("candidates", "forbidden"), [([], [10, 11]), ([4], [10]), ([4, 10, 5], []), ([4, 11, 5], [])]
-)
-def test_the_grammar_is_asked_behind_the_candidates_and_rewound(
-    candidates: list[int], forbidden: list[int]
-) -> None:
-    grammar = _Digits()
+class _NeverRewound(_Digits):
+    """As outlines' grammars."""
+
+    def rollback(self, count: int) -> None:
+        raise NotImplementedError
+
+
+class _Brittle(_Digits):
+    """As llguidance's: copies keep what was accepted, and a refused token spoils all that follows."""
+
+    spoilt = False
+
+    def copy(self) -> _Brittle:
+        made = _Brittle()
+        made.accepted, made.spoilt = list(self.accepted), self.spoilt
+        return made
+
+    def accept_token(self, token: int) -> None:
+        self.spoilt |= token == 10
+        self._check()
+        super().accept_token(token)
+
+    def rollback(self, count: int) -> None:
+        self._check()
+        super().rollback(count)
+
+    def fill_vocab_mask(self, mask: torch.Tensor, row: int) -> None:
+        self._check()
+        super().fill_vocab_mask(mask, row)
+
+    def _check(self) -> None:
+        if self.spoilt:
+            raise ValueError("in error since a token was refused")
+
+
+def _forbidden(matcher: Matcher, candidates: list[int]) -> list[int]:
     row = torch.zeros(VOCABULARY)
-    logit_processing.apply(row, _req(), _view([], candidates, grammar))
-    assert row.isinf().nonzero().flatten().tolist() == forbidden
-    assert grammar.accepted == []
+    logit_processing.apply(row, _req(), _view([], candidates, matcher))
+    return row.isinf().nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("kind", [_Digits, _NeverRewound, _Brittle])
+def test_the_grammar_is_asked_behind_the_candidates_and_rewound(kind: type[_Digits]) -> None:
+    matcher = Matcher(kind())
+    for candidates, forbidden in [([], [10, 11]), ([4], [10]), ([4, 10, 5], []), ([4, 11, 5], [])]:
+        assert _forbidden(matcher, candidates) == forbidden
+        assert _forbidden(matcher, []) == [10, 11]
+    matcher.follow(4)
+    for candidates in ([10], [4, 11], [4]):
+        _forbidden(matcher, candidates)
+        assert _forbidden(matcher, []) == [10]
+
+
+@pytest.fixture
+def xgrammar_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hook table has for a CPU."""
+    from sglang.srt.constrained import xgrammar_backend
+
+    from sglang_ext.cpu import sampling
+
+    monkeypatch.setattr(xgrammar_backend, "_allocate_token_bitmask", sampling.allocate_grammar_mask)
+    monkeypatch.setattr(xgrammar_backend.XGrammarGrammar, "apply_vocab_mask", sampling.apply_grammar_mask_of)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    """llguidance needs a tokenizer of bytes."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+def _backend(name: str, tokenizer: Any) -> Any:
+    if name == "xgrammar":
+        from sglang.srt.constrained.xgrammar_backend import XGrammarGrammarBackend
+
+        return XGrammarGrammarBackend(tokenizer, len(tokenizer), [tokenizer.eos_token_id])
+    from sglang.srt.constrained.llguidance_backend import GuidanceBackend
+
+    return GuidanceBackend(tokenizer, n_vocab=len(tokenizer))
+
+
+@pytest.mark.parametrize("before", ["", "zzq"], ids=["plain", "behind reasoning"])
+@pytest.mark.parametrize("name", ["xgrammar", "llguidance"])
+def test_a_retracted_request_goes_on_in_its_grammar(
+    xgrammar_on_a_cpu: None, tokenizer: Any, name: str, before: str
+) -> None:
+    """SGLang's grammar object has followed the output by then, and backends copy it in different ways."""
+    from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+
+    def ids(text: str) -> list[int]:
+        return [tokenizer.convert_tokens_to_ids(character) for character in text]
+
+    req = _req(max_new_tokens=40)
+    req.grammar = _backend(name, tokenizer).dispatch_regex("abc[xy]z")
+    if before:
+        req.grammar = ReasonerGrammarObject(req.grammar, ids("q"))
+        req.grammar.maybe_init_reasoning(True)
+    req.prefix_indices, req.stream = (), False
+    req.origin_input_ids = req.full_untruncated_fill_ids = [1, 2]
+    state = DeterministicRequest(seed=1, seed_is_default=False)
+
+    def allowed(candidates: str) -> set[str]:
+        row = torch.zeros(len(tokenizer))
+        view = _view(state.decided, ids(candidates), state.matcher)
+        logit_processing.apply(row, req, view)
+        return {*tokenizer.convert_ids_to_tokens(row.isfinite().nonzero().flatten().tolist())} & {*"abcxyz"}
+
+    state.admit(req)
+    assert allowed(before) == {"a"}
+    for token in ids(before + "ab"):
+        req.output_ids.append(token)
+        req.grammar.accept_token(token)
+    state.leave()
+    state.admit(req)
+    for candidates, expected in [("", {"c"}), ("c", {"x", "y"}), ("cx", {"z"}), ("", {"c"})]:
+        assert allowed(candidates) == expected
 
 
 def test_a_custom_processor_sees_the_row_own_output() -> None:

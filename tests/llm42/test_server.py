@@ -23,6 +23,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.sampling import derive_seed
@@ -95,6 +96,20 @@ def test_unmarked_requests_are_not_touched() -> None:
     obj = _request(params)
     assert _custom(obj) == {"mine": 1}
     assert obj.sampling_params is params
+
+
+@pytest.mark.parametrize("custom", ["text", [1], 5])
+def test_unmarked_requests_may_have_anything_in_custom_params(custom: Any) -> None:
+    """SGLang serves them; looking for a mark in there ended the scheduler."""
+    manager, obj = _manager(), _request({"custom_params": custom})
+    sent = _tokenize(obj, manager)
+    assert sent.sampling_params.custom_params == custom
+    manager.child_rid_to_logical_rid[sent.rid] = obj.rid
+    intake.send_one_request(manager, sent)
+    assert _collect(manager, obj)[0] == {"completion_tokens": 1}
+    req = types.SimpleNamespace(sampling_params=sent.sampling_params, extra_key=None)
+    deterministic.attach(req, 0)
+    assert deterministic.of(req) is None and req.extra_key is None
 
 
 def test_other_parameters_stay() -> None:
@@ -191,6 +206,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("temprature", {"temprature": 0.5}, {}),
     ("top_logprobs_num", {}, {"return_logprob": True, "top_logprobs_num": VOCABULARY + 1}),
     ("extra_key", {}, {"extra_key": ["a"]}),
+    ("return_hidden_states", {}, {"return_hidden_states": []}),
 ]
 
 
@@ -213,6 +229,32 @@ def test_wrong_types_are_named_before_sglang_reads_them(
     send(params)
     send({"is_deterministic": False, **params})
     assert len(sent) == 2, "unmarked requests are SGLang's to judge"
+
+
+READ_FIRST: list[tuple[str, Any]] = [("n", "2"), ("n", None), ("n", 1.5), ("max_new_tokens", "5")]
+
+
+@pytest.mark.parametrize("how", ["one", "batch", "mark all"])
+@pytest.mark.parametrize(("field", "value"), READ_FIRST, ids=str)
+def test_what_sglang_computes_with_first_is_named_before(field: str, value: Any, how: str) -> None:
+    """Each of these was a 500: the first of SGLang's own functions raised a TypeError."""
+    mark = {} if how == "mark all" else {"is_deterministic": True}
+    wrong = {"max_new_tokens": 4, **mark, field: value}
+    fields = {"input_ids": [[1], [2]], "sampling_params": [{"n": 1}, wrong]}
+    if how != "batch":
+        fields = {"input_ids": [1], "sampling_params": wrong}
+    sent: list[Any] = []
+
+    def send(obj: GenerateReqInput, **server_args: Any) -> None:
+        intake.generate_request(lambda manager, obj: sent.append(obj), _manager(**server_args), obj)
+
+    with pytest.raises(ValueError, match=f"^{field} must be "):
+        send(GenerateReqInput(**fields), llm42_mark_all=how == "mark all")
+    assert not sent
+    send(GenerateReqInput(input_ids=[1], sampling_params={field: value}))
+    send(GenerateReqInput(input_ids=[1], sampling_params={"n": 2, "is_deterministic": True}))
+    send(GenerateReqInput(input_ids=[1]))
+    assert len(sent) == 3, "unmarked requests are SGLang's to judge"
 
 
 def test_prompts_without_tokens_are_refused() -> None:

@@ -7,6 +7,7 @@ Unmarked requests are left to SGLang. No SGLang in here.
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 import sys
@@ -90,6 +91,15 @@ def _is_biases(value: Any) -> bool:
     return keys and all(_is_number(bias) and abs(bias) <= _MAX_BIAS for bias in value.values())
 
 
+def _is_processor(value: Any) -> bool:
+    """Whether ``value`` has the form of a serialized processor; only the scheduler loads it."""
+    try:
+        bytes.fromhex(json.loads(value)["callable"])
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
+    return isinstance(value, str)
+
+
 def _integer(low: int | None = None, high: int | None = None) -> Kind:
     limits = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
     return Kind(
@@ -115,6 +125,8 @@ _SEED = Kind("a 64-bit integer", lambda value: _is_int(value) and value in _SEED
 _OBJECT = Kind(
     "an object with string keys", lambda value: isinstance(value, dict) and all(map(_is_text, value))
 )
+_HIDDEN_STATES = Kind('true, false or "last"', lambda value: isinstance(value, bool) or value == "last")
+_PROCESSOR = Kind("what to_str() of a CustomLogitProcessor returns", _is_processor)
 _BIASES = Kind(f"an object that gives token ids a bias between -{_MAX_BIAS:g} and {_MAX_BIAS:g}", _is_biases)
 
 #: Sampling parameters that clients set; ranges that SGLang checks are left to it.
@@ -147,6 +159,9 @@ SAMPLING: Mapping[str, Kind] = {
     "custom_params": _OBJECT,
 }
 
+#: Those that SGLang computes with as soon as a request arrives.
+READ_FIRST = ("n", "max_new_tokens")
+
 #: Those that depend on the vocabulary's size.
 SAMPLING_BY_VOCABULARY: Mapping[str, Callable[[int], Kind]] = {"stop_token_ids": _token_ids}
 
@@ -155,6 +170,9 @@ REQUEST: Mapping[str, Kind] = {
     "return_logprob": _BOOL,
     "logprob_start_len": _integer(-1),
     "stream": _BOOL,
+    "rid": _TEXT,
+    "return_hidden_states": _HIDDEN_STATES,
+    "custom_logit_processor": _PROCESSOR,
     "extra_key": _TEXT,
     "priority": _integer(),
 }
@@ -165,10 +183,21 @@ REQUEST_BY_VOCABULARY: Mapping[str, Callable[[int], Kind]] = {
 }
 
 
+def check_first(params: Mapping[str, Any]) -> None:
+    """Check the sampling parameters that SGLang computes with before it tokenizes a request.
+
+    Raises:
+        ValueError: as :func:`check_sampling`.
+    """
+    if "n" in params and params["n"] is None:
+        raise ValueError(f"n must be {SAMPLING['n'].what}, not None.")
+    _check({name: params.get(name) for name in READ_FIRST}, SAMPLING)
+
+
 def check_sampling(params: Mapping[str, Any], vocab_size: int) -> None:
     """Check the sampling parameters of a deterministic request as its client wrote them.
 
-    None stands for a parameter's default everywhere.
+    None stands for a parameter's default everywhere (``n`` has been looked at by :func:`check_first`).
 
     Raises:
         ValueError: a parameter is unknown, or its value is of the wrong type or out of range; the message

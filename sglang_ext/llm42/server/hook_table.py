@@ -22,6 +22,13 @@ def _row(
 HOOKS: tuple[Hook, ...] = (
     _row(
         Feature.MARKS,
+        f"{_MANAGER}.generate_request",
+        Kind.AROUND,
+        "intake:generate_request",
+        "n and max_new_tokens of the wrong type end in a 500 before the request is tokenized",
+    ),
+    _row(
+        Feature.MARKS,
         f"{_MANAGER}._create_tokenized_object",
         Kind.AROUND,
         "intake:create_tokenized_object",

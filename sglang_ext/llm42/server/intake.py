@@ -8,7 +8,7 @@ and is passed on by the engine.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE
@@ -21,6 +21,24 @@ from sglang_ext.llm42.server.refusals import refuse_unsupported
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+
+def generate_request(
+    original: Callable[..., Any], manager: TokenizerManager, obj: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around ``TokenizerManager.generate_request``: check what SGLang computes with before it tokenizes.
+
+    Raises:
+        ValueError: the mark is not a bool, or a field of a marked request is of the wrong type.
+    """
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    if isinstance(obj, GenerateReqInput):
+        given = obj.sampling_params
+        for params in given if isinstance(given, list) else [given]:
+            if isinstance(params, dict) and _is_to_be_marked(manager, params):
+                fields.check_first(params)
+    return original(manager, obj, *args, **kwargs)
 
 
 def create_tokenized_object(
@@ -69,16 +87,20 @@ def _take_mark(manager: TokenizerManager, obj: GenerateReqInput) -> bool:
     params = obj.sampling_params
     if manager.preferred_sampling_params:
         params = {**manager.preferred_sampling_params, **params}
-    said = mark_of(params)
-    mark = getattr(manager.server_args, "llm42_mark_all", False) if said is None else said
+    mark = _is_to_be_marked(manager, params)
     if mark and not getattr(manager.server_args, "enable_llm42", False):
         raise ValueError(f"{MARK_FIELD}: this server was started without --enable-llm42.")
     if mark:
         fields.check_sampling(params, manager.model_config.vocab_size)
-    if mark or MARK_FIELD in params or said is not None:
+    if mark or MARK_FIELD in params or mark_of(params) is not None:
         # A new dict: the same one may stand in several requests of a batch.
         obj.sampling_params = with_mark(params, mark)
     return mark
+
+
+def _is_to_be_marked(manager: TokenizerManager, params: Mapping[str, Any]) -> bool:
+    said = mark_of(params)
+    return getattr(manager.server_args, "llm42_mark_all", False) if said is None else said
 
 
 def send_one_request(manager: TokenizerManager, tokenized: Any) -> None:

@@ -63,6 +63,9 @@ def with_mark(params: Mapping[str, Any], mark: bool) -> dict[str, Any]:
     return marked
 
 
-def is_marked(custom_params: Mapping[str, Any] | None) -> bool:
-    """Whether a request with these ``custom_params`` is deterministic, once :func:`with_mark` was applied."""
-    return bool(custom_params) and custom_params.get(REQUEST_KEY) is True  # type: ignore[union-attr]
+def is_marked(custom_params: Any) -> bool:
+    """Whether a request with these ``custom_params`` is deterministic, once :func:`with_mark` was applied.
+
+    Unmarked requests may hold anything there, which SGLang takes.
+    """
+    return isinstance(custom_params, Mapping) and custom_params.get(REQUEST_KEY) is True
