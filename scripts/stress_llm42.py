@@ -444,7 +444,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of catalogue and traffic (default: 1)")
     parser.add_argument("--bases", type=int, default=84, help="requests to begin with (default: 84)")
     parser.add_argument("--clients", type=int, default=14, help="requests at a time (default: 14)")
-    parser.add_argument("--pool", type=int, default=1280, help="KV slots of the server (default: 1280)")
+    parser.add_argument("--pool", type=int, default=640, help="KV slots of the server (default: 640)")
     parser.add_argument("--window-size", type=int, default=16, help="rows of a segment (default: 16)")
     parser.add_argument("--verify-batch-size", type=int, default=4, help="segments of a pass (default: 4)")
     parser.add_argument("--state", type=Path, default=STATE, help=f"results so far (default: {STATE})")
