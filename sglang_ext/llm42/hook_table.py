@@ -133,6 +133,23 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *(
         _row(
+            f"sglang.srt.distributed.parallel_state.GroupCoordinator._all_reduce_{where}_place",
+            Kind.AROUND,
+            f"all_reduce_{where}_place",
+            "canonical passes on several GPUs: the order of summation must not depend on the row",
+            module="collectives",
+        )
+        for where in ("out", "in")
+    ),
+    _row(
+        "sglang.srt.layers.communicator.apply_flashinfer_allreduce_fusion",
+        Kind.AROUND,
+        "fused_all_reduce",
+        "canonical passes on several GPUs: the fused kernel's algorithm follows the number of rows",
+        module="collectives",
+    ),
+    *(
+        _row(
             f"{_WEIGHTS}.update_weights_from_{source}",
             Kind.AFTER,
             "weights_updated",
