@@ -1,8 +1,8 @@
 """All-reduces of canonical passes between GPUs: summed in rank order, whatever the row.
 
-NCCL's rings and two-shot kernels start the sum of each part of the buffer at another rank. Floating-point sums
-depend on their order, so a row's bits would depend on where it stands. Two ranks have only one order. (For
-ranks on a CPU see :mod:`sglang_ext.cpu.collectives`.)
+NCCL's rings and two-shot kernels start the sum of each part of the buffer at another rank. Floating-point
+sums depend on their order, so a row's bits would depend on where it stands. Two ranks have only one order.
+(For ranks on a CPU see :mod:`sglang_ext.cpu.collectives`.)
 """
 
 from __future__ import annotations
