@@ -2,8 +2,9 @@
 
     python -m sglang_ext.tokenweave.tune --model-path MODEL --tp-size 8
 
-Takes a minute or two on one GPU. The time of every token count on a grid is measured once; each cut's cost
-is then the sum of two entries, so no pairs need to be measured.
+Takes a minute or two. The time of every token count on a grid is measured once, on one GPU; each cut's cost
+is then the sum of two entries, so no pairs need to be measured. Where the machine has as many GPUs as ranks,
+the fused step is measured between them as well; elsewhere the server assumes published times.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sglang_ext.tokenweave import table
-from sglang_ext.tokenweave.split import GRANULARITY, LayerShape, dense_layer
+from sglang_ext.tokenweave.split import GRANULARITY, CommModel, LayerShape, dense_layer
 
 #: Blocks of the resident kernel while its tax is measured.
 _CTAS = 8
@@ -110,8 +112,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if is_mixture_of_experts(config.get("text_config", config)):
         parser.error("tables are for dense models; the server uses the wave model for a mixture of experts")
     shape = layer_of_config(config, options.tp_size)
-    measured = measure_table(shape, options.max_tokens, options.dtype)
+    comm = _measured_comm(options.tp_size, shape.hidden, options.dtype)
+    measured = replace(measure_table(shape, options.max_tokens, options.dtype), comm=comm)
     print(f"{table.save(measured, options.output)}: {len(measured.tokens)} token counts, {measured.gpu}")
+
+
+def _measured_comm(world: int, hidden: int, dtype_name: str) -> CommModel | None:
+    """The fused step's time between this machine's GPUs, or None where there are too few."""
+    import torch
+
+    from sglang_ext.tokenweave.measure_ranks import measure_comm
+
+    if not 1 < world <= torch.cuda.device_count():
+        print(f"{torch.cuda.device_count()} GPUs for {world} ranks: the fused step is not measured")
+        return None
+    # In processes of their own, before this one takes memory on a GPU.
+    comm = measure_comm(world, hidden, dtype_name, _CTAS)
+    print(f"fused step: {comm.latency_us:.1f} us and {comm.bytes_per_us / 1e3:.0f} GB/s with {_CTAS} blocks")
+    return comm
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""SGLang's engine on several GPUs: deterministic requests in crowds, and TokenWeave against stock."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import write_tiny_llama
+
+pytestmark = [pytest.mark.multigpu, pytest.mark.engine]
+
+VOCABULARY, NEW_TOKENS, SUBJECTS = 2048, 64, 12
+PROMPTS = (700, 1023, 1600)
+
+#: The largest power of two of this machine's GPUs, at most 4.
+WORLD = 4 if torch.cuda.device_count() >= 4 else 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(
+        tmp_path_factory.mktemp("llama"),
+        layers=4,
+        hidden=1024,
+        intermediate=2048,
+        heads=16,
+        kv_heads=8,
+        vocab=VOCABULARY,
+        max_positions=4096,
+        sensitive=True,
+    )
+
+
+@contextmanager
+def _engine(model: Path, **flags: Any) -> Iterator[Any]:
+    import sglang
+
+    # On shared hosts no multicast object may be made.
+    assert os.environ.get("TORCH_SYMM_MEM_DISABLE_MULTICAST") == "1", "set TORCH_SYMM_MEM_DISABLE_MULTICAST=1"
+    engine = sglang.Engine(
+        model_path=str(model),
+        skip_tokenizer_init=True,
+        tp_size=WORLD,
+        attention_backend="flashinfer",
+        mem_fraction_static=0.7,
+        max_total_tokens=40000,
+        max_running_requests=64,
+        cuda_graph_max_bs_decode=64,
+        **flags,
+    )
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+
+
+def _prompt(seed: int, length: int | None = None) -> list[int]:
+    choice = random.Random(seed)
+    return [choice.randrange(2, VOCABULARY) for _ in range(length or choice.randint(5, 200))]
+
+
+def _sampling(index: int, marked: bool) -> dict[str, Any]:
+    params: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0.0}
+    if index % 2:
+        params |= {"temperature": 0.8, "top_p": 0.95, "sampling_seed": index}
+    return {**params, "is_deterministic": True} if marked else params
+
+
+def _run(engine: Any, work: list[tuple[int, bool]]) -> list[dict[str, Any]]:
+    outputs = engine.generate(
+        input_ids=[_prompt(number) for number, _ in work],
+        sampling_params=[_sampling(*item) for item in work],
+    )
+    assert all(len(output["output_ids"]) == NEW_TOKENS for output in outputs)
+    return list(outputs)
+
+
+def test_marked_output_is_the_same_alone_and_in_crowds(model: Path) -> None:
+    flags = {
+        "enable_llm42": True,
+        "llm42_window_size": 16,
+        "llm42_verify_batch_size": 8,
+        "cuda_graph_backend_prefill": "disabled",
+    }
+    with _engine(model, **flags) as engine:
+        alone = [_run(engine, [(number, True)])[0]["output_ids"] for number in range(SUBJECTS)]
+        assert len({tuple(ids) for ids in alone}) == SUBJECTS
+        rollbacks = compared = 0
+        for crowd in range(3):
+            choice = random.Random(crowd)
+            others = [(100 + crowd * 100 + i, choice.random() < 0.5) for i in range(20 + 30 * crowd)]
+            work = [*((number, True) for number in range(SUBJECTS)), *others]
+            choice.shuffle(work)
+            engine.flush_cache()
+            for (number, _), output in zip(work, _run(engine, work), strict=True):
+                if number < SUBJECTS:
+                    assert output["output_ids"] == alone[number], (crowd, number)
+                    rollbacks += output["meta_info"]["llm42_num_rollbacks"]
+                    compared += 1
+    assert compared == 3 * SUBJECTS
+    assert rollbacks > 0, "nothing diverged, so nothing was shown"
+
+
+def _prompt_logprobs(engine: Any) -> list[list[float]]:
+    """Log-probabilities of the tokens of :data:`PROMPTS`, alone, then all at once."""
+    prompts = [_prompt(seed, length) for seed, length in enumerate(PROMPTS)]
+
+    def ask(ids: list[list[int]]) -> list[list[float]]:
+        outputs = engine.generate(
+            input_ids=ids,
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        return [[pair[0] for pair in o["meta_info"]["input_token_logprobs"][1:]] for o in outputs]
+
+    found = [ask([prompt])[0] for prompt in prompts]
+    engine.flush_cache()
+    return found + ask(prompts)
+
+
+@pytest.mark.parametrize("split", ["never", "equal", "333"])
+def test_tokenweave_computes_what_stock_computes(
+    model: Path, split: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with _engine(model) as engine:
+        stock = _prompt_logprobs(engine)
+    capfd.readouterr()
+    flags = {"tokenweave_split": split, "tokenweave_min_tokens": 512, "tokenweave_path": "peer"}
+    with _engine(model, enable_tokenweave=True, log_level="info", **flags) as engine:
+        woven = _prompt_logprobs(engine)
+    said = "".join(capfd.readouterr())
+    assert f"TokenWeave path on all {WORLD} ranks: peer" in said
+    assert "TokenWeave is off" not in said and "does not cut" not in said
+    assert [len(row) for row in woven] == [n - 1 for n in (*PROMPTS, *PROMPTS)]
+    for mine, theirs in zip(woven, stock, strict=True):
+        # Another order of rounding moves a log-probability of about -8 by some hundredths; a wrong row by units.
+        errors = torch.tensor(mine) - torch.tensor(theirs)
+        assert errors.abs().mean() < 0.05 and errors.abs().max() < 1.0
