@@ -54,6 +54,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
+    # For a trial of this program without a GPU.
+    "tiny": {
+        **bench_llm42.LLAMA_8B,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": bench_llm42.VOCABULARY,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
 }
 
 CONTENDERS: dict[str, tuple[str, ...]] = {
@@ -183,11 +195,12 @@ def measure(
     """Run every load on every server in turn; returns why contenders were given up."""
     lost: dict[str, str] = {}
     began = time.monotonic()
+    prefills = [load for load in PREFILLS if load.prompt <= arguments.longest]
     for name, server in servers.items():
-        for load in (*PREFILLS, Load("warm-up", 16, 256, 16)):
+        for load in (*prefills, Load("warm-up", 16, 256, 16)):
             if name not in lost:
                 _attempt(lost, name, lambda s=server, x=load: run(s, x, 1))  # type: ignore[misc]
-    plan = [(load, number) for load in PREFILLS for number in range(arguments.rounds)]
+    plan = [(load, number) for load in prefills for number in range(arguments.rounds)]
     plan += [(load, number) for load in THROUGHPUTS for number in range(arguments.throughput_rounds)]
     # By rounds, so that an early end leaves whole rounds behind.
     for load, number in sorted(plan, key=lambda item: (item[1], not item[0].is_latency)):
@@ -311,6 +324,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=int, default=9, help="of each prefill (default: 9)")
     parser.add_argument("--throughput-rounds", type=int, default=2, help="of the other loads (default: 2)")
+    parser.add_argument("--longest", type=int, default=16384, help="prefill in tokens (default: 16384)")
     parser.add_argument("--chunk", type=int, default=16384, help="--chunked-prefill-size of all servers")
     parser.add_argument("--max-total-tokens", type=int, default=140000, help="KV slots of each server")
     parser.add_argument("--server-flags", default="", help="further flags of all servers")

@@ -60,4 +60,12 @@ def _fill_head(head: torch.Tensor, embedding: torch.Tensor) -> None:
 
 
 def _generator(name: str, value: torch.Tensor) -> torch.Generator:
-    return torch.Generator(device=value.device).manual_seed(zlib.crc32(name.encode()))
+    # Ranks hold different shards; a token's successor stands in the token's own shard of the vocabulary.
+    seed = zlib.crc32(name.encode()) + _tensor_parallel_rank()
+    return torch.Generator(device=value.device).manual_seed(seed)
+
+
+def _tensor_parallel_rank() -> int:
+    from sglang.srt.distributed import get_tensor_model_parallel_rank, model_parallel_is_initialized
+
+    return get_tensor_model_parallel_rank() if model_parallel_is_initialized() else 0

@@ -29,8 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers=4,
         hidden=1024,
         intermediate=2048,
-        heads=16,
-        kv_heads=8,
+        heads=8,
+        kv_heads=4,
         vocab=VOCABULARY,
         max_positions=4096,
         sensitive=True,
@@ -139,7 +139,12 @@ def test_tokenweave_computes_what_stock_computes(
     assert f"TokenWeave path on all {WORLD} ranks: peer" in said
     assert "TokenWeave is off" not in said and "does not cut" not in said
     assert [len(row) for row in woven] == [n - 1 for n in (*PROMPTS, *PROMPTS)]
-    for mine, theirs in zip(woven, stock, strict=True):
-        # Another order of rounding moves a log-probability of about -8 by some hundredths; a wrong row by units.
-        errors = torch.tensor(mine) - torch.tensor(theirs)
-        assert errors.abs().mean() < 0.05 and errors.abs().max() < 1.0
+    # Stock's own batches differ by rounding; a row that went wrong differs by units.
+    apart = len(PROMPTS)
+    noise = max(_distance(*pair) for pair in zip(stock[:apart], stock[apart:], strict=True))
+    errors = [_distance(*pair) for pair in zip(woven, stock, strict=True)]
+    assert noise < 1 and max(errors) <= 4 * noise + 0.05, (noise, errors)
+
+
+def _distance(mine: list[float], theirs: list[float]) -> float:
+    return float((torch.tensor(mine) - torch.tensor(theirs)).abs().max())
