@@ -27,9 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(
         tmp_path_factory.mktemp("llama"),
         layers=4,
-        hidden=1024,
+        hidden=2048,
         intermediate=2048,
-        heads=8,
+        heads=16,
         kv_heads=4,
         vocab=VOCABULARY,
         max_positions=4096,
