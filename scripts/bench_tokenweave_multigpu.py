@@ -379,6 +379,16 @@ def _output(
     return output
 
 
+def start_groups(rank: int, world: int, device: torch.device) -> None:
+    """Process groups as SGLang makes them (its own all-reduce asks for them), else plain ones."""
+    try:
+        from sglang.srt.distributed import init_distributed_environment
+    except ImportError:
+        dist.init_process_group("nccl", device_id=device)
+        return
+    init_distributed_environment(world_size=world, rank=rank, local_rank=rank, backend="nccl")
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]], world: int) -> None:
     """Rows as CSV, with device and command in front."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -431,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     local, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(local)
     device = torch.device("cuda", local)
-    dist.init_process_group("nccl", device_id=device)
+    start_groups(local, world, device)
     rank = Rank(local, world, device, dist.group.WORLD, dist.new_group(backend="gloo"))
     for name, study in (("all_reduce_invariance", invariance), ("tokenweave_peer", measure)):
         rows: list[dict[str, Any]] = []

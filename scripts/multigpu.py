@@ -51,7 +51,7 @@ class Stage:
 def stages(world: int, output: Path, layers_70b: int) -> tuple[Stage, ...]:
     """All stages on ``world`` GPUs, in order of worth."""
     python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "-m", "multigpu", "-p", "no:cacheprovider")
+    pytest = (python, "-m", "pytest", "-v", "-m", "multigpu", "-p", "no:cacheprovider")
     torchrun = (python, "-m", "torch.distributed.run", "--nproc-per-node", str(world))
 
     def serve(model: str, layers: int) -> tuple[str, ...]:

@@ -64,7 +64,8 @@ class Runtime:
     def _halves(
         self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
     ) -> tuple[int, list[Callable[[], Any]]] | None:
-        if not _is_plain_extend(batch.forward_mode):
+        # SGLang's prefill graphs hold whole batches; those that are cut run outside of them.
+        if not _is_plain_extend(batch.forward_mode) or _captures_graph():
             return None
         cut = self.weaver.cut_for(tokens)
         if cut is None:
@@ -196,6 +197,15 @@ def save_sglang_state() -> Callable[[], None]:
         flags.update(saved)
 
     return restore
+
+
+def _captures_graph() -> bool:
+    """Whether this forward pass, or its warm-up, belongs to the capture of a graph."""
+    from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
+
+    return bool(get_is_capture_mode()) or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def _is_plain_extend(mode: Any) -> bool:

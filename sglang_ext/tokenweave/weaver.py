@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -135,11 +136,17 @@ class Weaver:
 
             return run
 
-        before = replace(self.statistics)
+        before, began = replace(self.statistics), time.perf_counter()
         first, second = interleaver.run(
             [start(half, rows) for half, rows in zip(halves, places, strict=True)]
         )
         self.statistics.woven += 1
+        if self.statistics.woven == 3:
+            logger.info(
+                "TokenWeave: a batch of %d tokens in two halves took the host %.1f ms to launch",
+                tokens,
+                1e3 * (time.perf_counter() - began),
+            )
         if self.statistics.woven == 1:
             logger.info(
                 "TokenWeave: first batch run as two halves, %d of %d tokens first; %d fused steps, %d plain "
