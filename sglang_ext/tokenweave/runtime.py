@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from sglang_ext.tokenweave import paths, table
 from sglang_ext.tokenweave.batch import BatchCutError, cut_batch
+from sglang_ext.tokenweave.canonical import HalvedAttention
 from sglang_ext.tokenweave.communicator import CollectiveCommunicator, Communicator, KernelCommunicator
 from sglang_ext.tokenweave.config import TokenWeaveConfig
 from sglang_ext.tokenweave.split import CommModel, Decision, Gpu, SplitRule, WaveModel
@@ -34,12 +35,14 @@ class Runtime:
     Attributes:
         weaver: runs the decoder stack.
         coordinator: SGLang's tensor-parallel group.
+        canonical_split: how canonical passes of LLM-42 are cut, "equal" or "never".
         attention_backends: one attention backend per half, each with plans of its own.
         refused: reasons already logged for which a batch was not cut.
     """
 
     weaver: Weaver
     coordinator: Any
+    canonical_split: str = "equal"
     attention_backends: list[Any] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
 
@@ -50,6 +53,23 @@ class Runtime:
     def cuts_prefill(self, tokens: int) -> bool:
         """Whether a prefill batch of ``tokens`` would be cut; the same on every rank."""
         return self.weaver.cut_for(tokens) is not None
+
+    def why_canonical_whole(self, segments: int, rows: int) -> str | None:
+        """Why canonical passes of ``segments`` segments of ``rows`` rows run whole, None if they are cut.
+
+        Depends on nothing that changes once the first forward pass was observed.
+        """
+        weaver = self.weaver
+        assert weaver.observed, "nothing may be fixed before it is known whether the model can be woven"
+        if weaver.stock_reason:
+            return weaver.stock_reason
+        if self.canonical_split == "never":
+            return "--tokenweave-canonical-split never"
+        if segments % 2:
+            return f"{segments} segments have no equal halves; choose an even --llm42-verify-batch-size"
+        if not weaver.communicator.fits(segments * rows):
+            return f"{segments * rows} rows do not fit the buffers; raise --chunked-prefill-size"
+        return None
 
     def forward(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """One pass of the decoder stack (``original``), cut in two where the rule says so."""
@@ -64,33 +84,59 @@ class Runtime:
     def _halves(
         self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
     ) -> tuple[int, list[Callable[[], Any]]] | None:
+        from sglang.srt.model_executor.forward_context import get_attn_backend
+
+        attention = get_attn_backend()
+        if isinstance(attention, HalvedAttention):
+            return self._canonical_halves(original, bound, batch, attention)
         if not _is_plain_extend(batch.forward_mode):
             return None
         cut = self.weaver.cut_for(tokens)
         if cut is None:
             return None
         try:
-            children = cut_batch(batch, cut)
-            pieces = [_slice_arguments(bound, rows) for rows in (slice(0, cut), slice(cut, tokens))]
+            pieces = _cut_arguments(bound, cut, tokens, cut_batch(batch, cut))
         except BatchCutError as error:
             self._refuse(str(error))
             return None
-        calls = []
-        for half, (child, piece) in enumerate(zip(children, pieces, strict=True)):
-            piece.arguments["forward_batch"] = child
-            calls.append(self._half(original, piece, half))
-        return cut, calls
+        backends = self.attention_backends or [None, None]
+        for backend, piece in zip(backends, pieces, strict=True):
+            # Both plans are made before either half runs: planning may wait for the device.
+            if backend is not None:
+                backend.init_forward_metadata(piece.arguments["forward_batch"])
+        return cut, self._calls(original, pieces, backends)
+
+    def _canonical_halves(
+        self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, attention: Any
+    ) -> tuple[int, list[Callable[[], Any]]]:
+        """The halves of a canonical pass, whose attention was planned with the pass.
+
+        Raises:
+            BatchCutError: it cannot be cut. To run it whole instead would change its bits.
+        """
+        tokens = 2 * attention.cut
+        try:
+            pieces = _cut_arguments(bound, attention.cut, tokens, attention.cut_batch(batch))
+        except BatchCutError as error:
+            raise BatchCutError(
+                f"canonical passes of this model cannot be cut in halves: {error}; start with "
+                "--tokenweave-canonical-split never"
+            ) from error
+        return attention.cut, self._calls(original, pieces, attention.backends)
+
+    def _calls(
+        self, original: Callable[..., Any], pieces: Sequence[inspect.BoundArguments], backends: Sequence[Any]
+    ) -> list[Callable[[], Any]]:
+        return [self._half(original, piece, backend) for piece, backend in zip(pieces, backends, strict=True)]
 
     def _half(
-        self, original: Callable[..., Any], piece: inspect.BoundArguments, half: int
+        self, original: Callable[..., Any], piece: inspect.BoundArguments, backend: Any
     ) -> Callable[[], Any]:
+        """A half as a call, with ``backend`` as its attention or SGLang's own if None."""
         from sglang.srt.model_executor.forward_context import get_forward_context, set_forward_context
 
         context = get_forward_context()
-        if self.attention_backends:
-            backend = self.attention_backends[half]
-            # Both plans are made before either half runs: planning may wait for the device.
-            backend.init_forward_metadata(piece.arguments["forward_batch"])
+        if backend is not None:
             context = replace(context, attn_backend=backend)
 
         def run() -> Any:
@@ -143,8 +189,13 @@ def start(model_runner: Any) -> Runtime | None:
         fuse_whole=path is not paths.Path.COLLECTIVE or model_runner.device == "cpu",
         poison_residual=config.poison_residual,
     )
-    _runtime = Runtime(weaver, coordinator)
+    _runtime = Runtime(weaver, coordinator, config.canonical_split)
     return _runtime
+
+
+def running_half() -> int | None:
+    """The half (0 or 1) of which the caller computes a part; None outside of woven passes."""
+    return None if _runtime is None else _runtime.weaver.running_half
 
 
 def stop() -> None:
@@ -220,6 +271,16 @@ def _slice_arguments(bound: inspect.BoundArguments, rows: slice) -> inspect.Boun
         elif not (name in ("args", "kwargs") and not value):
             raise BatchCutError(f"the decoder stack was given {name}")
     return piece
+
+
+def _cut_arguments(
+    bound: inspect.BoundArguments, cut: int, tokens: int, batches: tuple[Any, Any]
+) -> list[inspect.BoundArguments]:
+    """The decoder stack's arguments for both halves, with the ``batches`` of these."""
+    pieces = [_slice_arguments(bound, rows) for rows in (slice(0, cut), slice(cut, tokens))]
+    for piece, batch in zip(pieces, batches, strict=True):
+        piece.arguments["forward_batch"] = batch
+    return pieces
 
 
 def _choose_path(config: TokenWeaveConfig, model_runner: Any, coordinator: Any) -> paths.Path:
