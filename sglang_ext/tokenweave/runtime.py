@@ -16,7 +16,7 @@ from sglang_ext.tokenweave.batch import BatchCutError, cut_batch
 from sglang_ext.tokenweave.canonical import HalvedAttention
 from sglang_ext.tokenweave.communicator import CollectiveCommunicator, Communicator, KernelCommunicator
 from sglang_ext.tokenweave.config import TokenWeaveConfig
-from sglang_ext.tokenweave.split import CommModel, Decision, Gpu, SplitRule, WaveModel
+from sglang_ext.tokenweave.split import GRANULARITY, CommModel, Decision, Gpu, SplitRule, WaveModel
 from sglang_ext.tokenweave.tune import is_mixture_of_experts, layer_of_config
 from sglang_ext.tokenweave.weaver import Weaver
 
@@ -178,13 +178,16 @@ def start(model_runner: Any) -> Runtime | None:
             logger.warning("TokenWeave is off: %s; SGLang runs stock", reason)
         return None
     path = _choose_path(config, model_runner, coordinator)
+    decide = _rule(config, path, model_runner, coordinator)
+    sizes = range(GRANULARITY, _largest_batch(model_runner) + 1, GRANULARITY)
+    paths.agree_on_cuts([decide(tokens).cut for tokens in sizes], coordinator.cpu_group)
     hidden = model_runner.model_config.hidden_size
     weaver = Weaver(
         rank=coordinator.rank_in_group,
         world=coordinator.world_size,
         hidden=hidden,
         communicator=_communicator(config, path, model_runner, coordinator),
-        decide=_rule(config, path, model_runner, coordinator),
+        decide=decide,
         save_state=save_sglang_state,
         fuse_whole=path is not paths.Path.COLLECTIVE or model_runner.device == "cpu",
         poison_residual=config.poison_residual,
@@ -297,6 +300,11 @@ def _choose_path(config: TokenWeaveConfig, model_runner: Any, coordinator: Any) 
     return choice.path
 
 
+def _largest_batch(model_runner: Any) -> int:
+    """Tokens of the largest prefill batch."""
+    return max(model_runner.server_args.chunked_prefill_size or 0, 0) or _UNCHUNKED_TOKENS
+
+
 def _communicator(
     config: TokenWeaveConfig, path: paths.Path, model_runner: Any, coordinator: Any
 ) -> Communicator:
@@ -305,7 +313,7 @@ def _communicator(
         return CollectiveCommunicator(coordinator.device_group, torch.device(model_runner.device))
     from sglang_ext.tokenweave.symmetric import symmetric_ranks
 
-    max_tokens = max(model_runner.server_args.chunked_prefill_size or 0, 0) or _UNCHUNKED_TOKENS
+    max_tokens = _largest_batch(model_runner)
     buffers = symmetric_ranks(
         coordinator.cpu_group,
         2 * max_tokens,
