@@ -84,9 +84,9 @@ class Runtime:
     def _halves(
         self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
     ) -> tuple[int, list[Callable[[], Any]]] | None:
-        from sglang.srt.model_executor.forward_context import get_attn_backend
+        from sglang.srt.model_executor.forward_context import get_attn_backend, has_forward_context
 
-        attention = get_attn_backend()
+        attention = get_attn_backend() if has_forward_context() else None
         if isinstance(attention, HalvedAttention):
             return self._canonical_halves(original, bound, batch, attention)
         if not _is_plain_extend(batch.forward_mode):
