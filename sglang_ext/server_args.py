@@ -68,6 +68,7 @@ class ServerArgs(SGLangServerArgs):
 
     enable_tokenweave: A[bool, _OURS] = False
     tokenweave_split: A[str, _OURS] = TokenWeaveConfig.split
+    tokenweave_canonical_split: A[str, _OURS] = TokenWeaveConfig.canonical_split
     tokenweave_min_tokens: A[int | None, _OURS] = TokenWeaveConfig.min_tokens
     tokenweave_ctas: A[int, _OURS] = TokenWeaveConfig.ctas
     tokenweave_fused_ctas: A[int, _OURS] = TokenWeaveConfig.fused_ctas
@@ -193,6 +194,12 @@ class ServerArgs(SGLangServerArgs):
             default=ServerArgs.tokenweave_split,
             help="Where to cut: auto (tuning table, else wave model), equal, never (fused step only), or a "
             "number of tokens (default: %(default)s).",
+        )
+        group.add_argument(
+            "--tokenweave-canonical-split",
+            default=ServerArgs.tokenweave_canonical_split,
+            help="How canonical passes of --enable-llm42 are cut: equal (halves) or never. Deterministic "
+            "output may differ between the two (default: %(default)s).",
         )
         group.add_argument(
             "--tokenweave-min-tokens",

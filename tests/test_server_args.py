@@ -172,7 +172,6 @@ REFUSED: list[dict[str, Any]] = [
     {"enable_deterministic_inference": True},
     {"enable_lora": True},
     {"enable_two_batch_overlap": True},
-    {"enable_tokenweave": True},
     {"enable_pdmux": True},
     {"tokenizer_worker_num": 2},
     {"smg_grpc_mode": True},
@@ -345,6 +344,7 @@ def test_demo_model_alias(given: list[str], expected: list[str], monkeypatch: py
     ("field", "value", "flag"),
     [
         ("tokenweave_split", "half", "--tokenweave-split"),
+        ("tokenweave_canonical_split", "auto", "--tokenweave-canonical-split"),
         ("tokenweave_path", "nvlink", "--tokenweave-path"),
         ("tokenweave_min_tokens", 1, "--tokenweave-min-tokens"),
         ("tokenweave_ctas", 0, "--tokenweave-ctas"),

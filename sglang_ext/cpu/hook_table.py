@@ -71,6 +71,12 @@ HOOKS: tuple[Hook, ...] = (
         "seeded sampling: Triton kernel",
     ),
     _row(
+        "sglang.srt.layers.logits_processor.fused_softcap",
+        Kind.REPLACE,
+        "sampling:cap_logits",
+        "capped logits (Gemma 2): Triton kernel",
+    ),
+    _row(
         "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
         Kind.REPLACE,
         "sampling:apply_grammar_mask_of",

@@ -1,4 +1,4 @@
-"""The hash behind SGLang's seeded sampling, in PyTorch."""
+"""SGLang's kernels between logits and sampler, in PyTorch: capping, grammar masks, the hash of seeds."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def _finish(state: torch.Tensor) -> torch.Tensor:
     state = ((state ^ (state >> 16)) * 0x85EBCA6B) & _MASK
     state = ((state ^ (state >> 13)) * 0xC2B2AE35) & _MASK
     return state ^ (state >> 16)
+
+
+def cap_logits(full_logits: torch.Tensor, final_logit_softcapping: float) -> torch.Tensor:
+    """``cap * tanh(logits / cap)`` in place, as SGLang's Triton kernel ``softcap_inplace_logits``."""
+    return full_logits.div_(final_logit_softcapping).tanh_().mul_(final_logit_softcapping)
 
 
 def apply_grammar_mask(logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:

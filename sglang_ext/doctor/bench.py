@@ -16,6 +16,7 @@ from sglang_ext.doctor.probes import Pass, Space, Trial
 from sglang_ext.doctor.workspace import Workspace, room
 from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment
 from sglang_ext.llm42.lane import SegmentKind
+from sglang_ext.tokenweave.runtime import running_half
 
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
@@ -46,6 +47,8 @@ def space_of(canonical_pass: AnyCanonicalPass, quick: bool) -> tuple[Space, list
             "--max-total-tokens"
         )
     notes = []
+    if (cut := canonical_pass.eager.cut) is not None:
+        notes.append(f"passes run as two halves of {cut} rows (TokenWeave)")
     if length < wanted:
         notes.append(
             f"the probe has {length} positions instead of {wanted}: longer prefixes were not tried "
@@ -96,7 +99,8 @@ class Bench:
             runner.req_to_token_pool.req_to_token.shape[0], space.rows, canonical_pass.device
         )
         total = space.segments * space.rows
-        self._recorder = Recorder(runner.model, total, group_of(canonical_pass)) if watch else None
+        group = group_of(canonical_pass)
+        self._recorder = Recorder(runner.model, total, group, running_half) if watch else None
 
     def run(self, trials: Iterable[Trial], reference: Trial | None = None) -> None:
         """Run all ``trials``, in front of them the ``reference``, whose KV they share.

@@ -17,6 +17,7 @@ import torch
 
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
 from sglang_ext.llm42.pass_sizes import PassSizes, smaller_sizes
+from sglang_ext.tokenweave import runtime as tokenweave
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -146,8 +147,9 @@ def canonical_passes_for(
         CaptureError: a capture failed.
     """
     sizes = smaller_sizes(config.verify_batch_size) if config.smaller_passes else ()
+    woven = _woven_sizes(model_runner, config, sizes, attention)
     full, *smaller = (
-        CanonicalPass(model_runner, size, config.window_size, attention)
+        CanonicalPass(model_runner, size, config.window_size, attention, halves=size in woven)
         for size in (config.verify_batch_size, *sizes)
     )
     if torch.device(full.device).type != "cuda":
@@ -169,3 +171,22 @@ def own_stream(model_runner: ModelRunner) -> torch.cuda.Stream:
     while stream.cuda_stream in taken:
         stream = torch.cuda.Stream()
     return stream
+
+
+def _woven_sizes(
+    model_runner: ModelRunner, config: LaneConfig, smaller: Sequence[int], attention: AttentionFactory
+) -> set[int]:
+    """Numbers of segments whose passes TokenWeave cuts in halves, fixed from here on."""
+    started = tokenweave.current()
+    if started is None:
+        return set()
+    full, rows = config.verify_batch_size, config.window_size
+    if not started.weaver.observed:
+        # Whether this model can be woven shows in its first forward pass: an empty one will do.
+        table = CandidateTable(1, rows, model_runner.device)
+        CanonicalPass(model_runner, full, rows, attention).run((), table)
+    reason = started.why_canonical_whole(full, rows)
+    if model_runner.ps.tp_rank == 0:
+        how = f"run whole: {reason}" if reason else f"run as two halves of {full * rows // 2} rows"
+        logger.info("TokenWeave: canonical passes of %d x %d rows %s", full, rows, how)
+    return {size for size in (full, *smaller) if started.why_canonical_whole(size, rows) is None}

@@ -15,6 +15,7 @@ import torch
 from sglang_ext.llm42.canonical_scope import canonical_scope
 from sglang_ext.llm42.lane import SegmentKind
 from sglang_ext.llm42.transfer import to_device
+from sglang_ext.tokenweave.canonical import HalvedAttention
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -84,17 +85,32 @@ class CanonicalPass:
         segments: G.
         rows: W, of each segment.
         attention: factory of the row-invariant attention backend.
+        halves: whether TokenWeave runs the pass as two equal halves.
+
+    Attributes:
+        cut: rows of the first half, None for a pass that runs whole.
     """
 
     def __init__(
-        self, model_runner: ModelRunner, segments: int, rows: int, attention: AttentionFactory
+        self,
+        model_runner: ModelRunner,
+        segments: int,
+        rows: int,
+        attention: AttentionFactory,
+        halves: bool = False,
     ) -> None:
         self.model_runner = model_runner
         self.segments = segments
         self.rows = rows
         self.device = model_runner.device
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
-        self.attention = attention(model_runner, self.segments, self.rows)
+        self.cut: int | None = None
+        self.attention: CanonicalAttention
+        if halves:
+            halved = HalvedAttention(lambda count: attention(model_runner, count, rows), segments, rows)
+            self.attention, self.cut = halved, halved.cut
+        else:
+            self.attention = attention(model_runner, segments, rows)
         self._row = torch.arange(self.rows, device=self.device)
         # Positions of padded rows may run past the end of the sequence; they must stay inside the tables.
         self._last_position = (

@@ -135,11 +135,6 @@ FLAGS: tuple[Unsupported, ...] = (
         "canonical passes have one fixed shape",
     ),
     Unsupported(
-        "--enable-tokenweave",
-        lambda args: args.enable_tokenweave,
-        "canonical passes are not cut in fixed halves yet",
-    ),
-    Unsupported(
         "--enable-pdmux", lambda args: args.enable_pdmux, "prefill and decode would share the GPU unevenly"
     ),
     Unsupported(

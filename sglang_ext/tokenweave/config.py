@@ -17,6 +17,8 @@ class TokenWeaveConfig:
         enabled: whether TokenWeave is asked for.
         split: "auto" (wave model or tuning table), "equal" halves, "never" (fused kernel only), or the
             number of tokens of the first half (for tests).
+        canonical_split: how canonical passes of LLM-42 are cut: "equal" halves, or "never". Fixed at start,
+            for it changes their bits; neither ``split`` nor ``min_tokens`` has a say.
         min_tokens: smallest batch that may be cut; None for 1,024, or 2,048 for a mixture of experts.
         ctas: thread blocks of the fused kernel beside compute.
         fused_ctas: thread blocks of the fused kernel where nothing runs beside it.
@@ -30,6 +32,7 @@ class TokenWeaveConfig:
 
     enabled: bool = False
     split: str = "auto"
+    canonical_split: str = "equal"
     min_tokens: int | None = None
     ctas: int = 8
     fused_ctas: int = 16
@@ -42,6 +45,10 @@ class TokenWeaveConfig:
     def __post_init__(self) -> None:
         if self.split not in ("auto", "equal", "never") and not self.split.isdecimal():
             raise ValueError(f"--tokenweave-split must be auto, equal, never or a number, not {self.split!r}")
+        if self.canonical_split not in ("equal", "never"):
+            raise ValueError(
+                f"--tokenweave-canonical-split must be equal or never, not {self.canonical_split!r}"
+            )
         if self.path not in ("auto", "multicast", "peer", "collective"):
             raise ValueError(
                 f"--tokenweave-path must be auto, multicast, peer or collective, not {self.path!r}"

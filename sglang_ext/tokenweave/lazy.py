@@ -54,6 +54,10 @@ class LazyTensor(torch.Tensor):
         """The plain tensor with its values."""
         raise NotImplementedError
 
+    def observed(self) -> torch.Tensor:
+        """Values for an observer, who must not bring about what the tensor stands for."""
+        return self.materialize()
+
     def lazy_view(self, view: torch.Tensor) -> torch.Tensor | None:
         """``view`` (plain, same storage, same row length) as a lazy tensor; None to materialize instead."""
         return None
@@ -92,6 +96,10 @@ class PendingAllReduce(LazyTensor):
         lazy.reduction = self.reduction
         return lazy
 
+    def observed(self) -> torch.Tensor:
+        """The sum if it was made, else this rank's partial sums."""
+        return self.materialize() if self.reduction.done else plain(self)
+
     def take_partial(self) -> torch.Tensor | None:
         """The partial sums for a fused step, in the shape of this view; None if already reduced."""
         if not self.reduction.take():
@@ -100,16 +108,32 @@ class PendingAllReduce(LazyTensor):
 
 
 class _Reduction:
-    """One all-reduce: pending, done plainly, or taken over by a fused step."""
+    """One all-reduce: pending, done plainly, or taken over by a fused step.
+
+    Attributes:
+        taken: whether a fused step has taken the partial sums.
+    """
 
     def __init__(self, partial: torch.Tensor, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._partial = partial
         self._all_reduce = all_reduce
         self._result: torch.Tensor | None = None
-        self._taken = False
+        self.taken = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the sum was made by the plain all-reduce."""
+        return self._result is not None
+
+    def watch(
+        self, around: Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Have the plain all-reduce, if it comes to that, run as ``around(all_reduce, partial)``."""
+        all_reduce = self._all_reduce
+        self._all_reduce = lambda partial: around(all_reduce, partial)
 
     def result(self) -> torch.Tensor:
-        if self._taken:
+        if self.taken:
             raise RuntimeError(
                 "a model reads the output of an all-reduce again after the norm that consumed it; "
                 "TokenWeave cannot serve this model, start without --enable-tokenweave"
@@ -119,9 +143,9 @@ class _Reduction:
         return self._result
 
     def take(self) -> bool:
-        if self._result is not None or self._taken:
+        if self._result is not None or self.taken:
             return False
-        self._taken = True
+        self.taken = True
         return True
 
 

@@ -1,13 +1,14 @@
 """The one place that chooses how the fused AllReduce + residual add + RMSNorm is done.
 
 Every rank must choose alike, or the ranks would wait for each other for ever: :func:`choose` is pure,
-:func:`agree` compares the choices of all ranks and logs the common one once.
+:func:`agree` compares the choices of all ranks and logs the common one once. So must they cut batches alike.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -113,6 +114,27 @@ def agree(choice: Choice, group: dist.ProcessGroup) -> None:
     if dist.get_rank(group) == 0:
         logger.info(
             "TokenWeave path on all %d ranks: %s (%s)", len(choices), choice.path.value, choice.reason
+        )
+
+
+def agree_on_cuts(cuts: Sequence[int | None], group: dist.ProcessGroup) -> None:
+    """Check that all ranks of ``group`` (CPU backend) would cut batches alike.
+
+    The rule may rest on a GPU's size or on a table in a local folder, which need not be the same everywhere.
+
+    Args:
+        cuts: this rank's cut for the same batch sizes on all ranks.
+
+    Raises:
+        PathError: another rank would cut otherwise.
+    """
+    of_ranks: list[Sequence[int | None]] = [()] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, tuple(cuts), group=group)
+    different = [rank for rank, other in enumerate(of_ranks) if other != of_ranks[0]]
+    if different:
+        raise PathError(
+            f"TokenWeave would cut batches otherwise on ranks {different} than on rank 0: their GPUs or "
+            "their tuning tables differ; use one --tokenweave-table folder, or --tokenweave-split equal"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 
 from sglang_ext.tokenweave import paths, table
 from sglang_ext.tokenweave.batch import BatchCutError, cut_batch
+from sglang_ext.tokenweave.canonical import HalvedAttention
 from sglang_ext.tokenweave.communicator import CollectiveCommunicator, Communicator, KernelCommunicator
 from sglang_ext.tokenweave.config import TokenWeaveConfig
-from sglang_ext.tokenweave.split import CommModel, Decision, Gpu, SplitRule, WaveModel
+from sglang_ext.tokenweave.split import GRANULARITY, CommModel, Decision, Gpu, SplitRule, WaveModel
 from sglang_ext.tokenweave.tune import is_mixture_of_experts, layer_of_config
 from sglang_ext.tokenweave.weaver import Weaver
 
@@ -34,12 +35,14 @@ class Runtime:
     Attributes:
         weaver: runs the decoder stack.
         coordinator: SGLang's tensor-parallel group.
+        canonical_split: how canonical passes of LLM-42 are cut, "equal" or "never".
         attention_backends: one attention backend per half, each with plans of its own.
         refused: reasons already logged for which a batch was not cut.
     """
 
     weaver: Weaver
     coordinator: Any
+    canonical_split: str = "equal"
     attention_backends: list[Any] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
 
@@ -50,6 +53,23 @@ class Runtime:
     def cuts_prefill(self, tokens: int) -> bool:
         """Whether a prefill batch of ``tokens`` would be cut; the same on every rank."""
         return self.weaver.cut_for(tokens) is not None
+
+    def why_canonical_whole(self, segments: int, rows: int) -> str | None:
+        """Why canonical passes of ``segments`` segments of ``rows`` rows run whole, None if they are cut.
+
+        Depends on nothing that changes once the first forward pass was observed.
+        """
+        weaver = self.weaver
+        assert weaver.observed, "nothing may be fixed before it is known whether the model can be woven"
+        if weaver.stock_reason:
+            return weaver.stock_reason
+        if self.canonical_split == "never":
+            return "--tokenweave-canonical-split never"
+        if segments % 2:
+            return f"{segments} segments have no equal halves; choose an even --llm42-verify-batch-size"
+        if not weaver.communicator.fits(segments * rows):
+            return f"{segments * rows} rows do not fit the buffers; raise --chunked-prefill-size"
+        return None
 
     def forward(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """One pass of the decoder stack (``original``), cut in two where the rule says so."""
@@ -64,6 +84,11 @@ class Runtime:
     def _halves(
         self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
     ) -> tuple[int, list[Callable[[], Any]]] | None:
+        from sglang.srt.model_executor.forward_context import get_attn_backend, has_forward_context
+
+        attention = get_attn_backend() if has_forward_context() else None
+        if isinstance(attention, HalvedAttention):
+            return self._canonical_halves(original, bound, batch, attention)
         # SGLang's prefill graphs hold whole batches; those that are cut run outside of them.
         if not _is_plain_extend(batch.forward_mode) or _captures_graph():
             return None
@@ -71,27 +96,48 @@ class Runtime:
         if cut is None:
             return None
         try:
-            children = cut_batch(batch, cut)
-            pieces = [_slice_arguments(bound, rows) for rows in (slice(0, cut), slice(cut, tokens))]
+            pieces = _cut_arguments(bound, cut, tokens, cut_batch(batch, cut))
         except BatchCutError as error:
             self._refuse(str(error))
             return None
-        calls = []
-        for half, (child, piece) in enumerate(zip(children, pieces, strict=True)):
-            piece.arguments["forward_batch"] = child
-            calls.append(self._half(original, piece, half))
-        return cut, calls
+        backends = self.attention_backends or [None, None]
+        for backend, piece in zip(backends, pieces, strict=True):
+            # Both plans are made before either half runs: planning may wait for the device.
+            if backend is not None:
+                backend.init_forward_metadata(piece.arguments["forward_batch"])
+        return cut, self._calls(original, pieces, backends)
+
+    def _canonical_halves(
+        self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, attention: Any
+    ) -> tuple[int, list[Callable[[], Any]]]:
+        """The halves of a canonical pass, whose attention was planned with the pass.
+
+        Raises:
+            BatchCutError: it cannot be cut. To run it whole instead would change its bits.
+        """
+        tokens = 2 * attention.cut
+        try:
+            pieces = _cut_arguments(bound, attention.cut, tokens, attention.cut_batch(batch))
+        except BatchCutError as error:
+            raise BatchCutError(
+                f"canonical passes of this model cannot be cut in halves: {error}; start with "
+                "--tokenweave-canonical-split never"
+            ) from error
+        return attention.cut, self._calls(original, pieces, attention.backends)
+
+    def _calls(
+        self, original: Callable[..., Any], pieces: Sequence[inspect.BoundArguments], backends: Sequence[Any]
+    ) -> list[Callable[[], Any]]:
+        return [self._half(original, piece, backend) for piece, backend in zip(pieces, backends, strict=True)]
 
     def _half(
-        self, original: Callable[..., Any], piece: inspect.BoundArguments, half: int
+        self, original: Callable[..., Any], piece: inspect.BoundArguments, backend: Any
     ) -> Callable[[], Any]:
+        """A half as a call, with ``backend`` as its attention or SGLang's own if None."""
         from sglang.srt.model_executor.forward_context import get_forward_context, set_forward_context
 
         context = get_forward_context()
-        if self.attention_backends:
-            backend = self.attention_backends[half]
-            # Both plans are made before either half runs: planning may wait for the device.
-            backend.init_forward_metadata(piece.arguments["forward_batch"])
+        if backend is not None:
             context = replace(context, attn_backend=backend)
 
         def run() -> Any:
@@ -133,19 +179,27 @@ def start(model_runner: Any) -> Runtime | None:
             logger.warning("TokenWeave is off: %s; SGLang runs stock", reason)
         return None
     path = _choose_path(config, model_runner, coordinator)
+    decide = _rule(config, path, model_runner, coordinator)
+    sizes = range(GRANULARITY, _largest_batch(model_runner) + 1, GRANULARITY)
+    paths.agree_on_cuts([decide(tokens).cut for tokens in sizes], coordinator.cpu_group)
     hidden = model_runner.model_config.hidden_size
     weaver = Weaver(
         rank=coordinator.rank_in_group,
         world=coordinator.world_size,
         hidden=hidden,
         communicator=_communicator(config, path, model_runner, coordinator),
-        decide=_rule(config, path, model_runner, coordinator),
+        decide=decide,
         save_state=save_sglang_state,
         fuse_whole=path is not paths.Path.COLLECTIVE or model_runner.device == "cpu",
         poison_residual=config.poison_residual,
     )
-    _runtime = Runtime(weaver, coordinator)
+    _runtime = Runtime(weaver, coordinator, config.canonical_split)
     return _runtime
+
+
+def running_half() -> int | None:
+    """The half (0 or 1) of which the caller computes a part; None outside of woven passes."""
+    return None if _runtime is None else _runtime.weaver.running_half
 
 
 def stop() -> None:
@@ -232,6 +286,16 @@ def _slice_arguments(bound: inspect.BoundArguments, rows: slice) -> inspect.Boun
     return piece
 
 
+def _cut_arguments(
+    bound: inspect.BoundArguments, cut: int, tokens: int, batches: tuple[Any, Any]
+) -> list[inspect.BoundArguments]:
+    """The decoder stack's arguments for both halves, with the ``batches`` of these."""
+    pieces = [_slice_arguments(bound, rows) for rows in (slice(0, cut), slice(cut, tokens))]
+    for piece, batch in zip(pieces, batches, strict=True):
+        piece.arguments["forward_batch"] = batch
+    return pieces
+
+
 def _choose_path(config: TokenWeaveConfig, model_runner: Any, coordinator: Any) -> paths.Path:
     on_gpu = model_runner.device == "cuda"
     capabilities = paths.probe(
@@ -246,6 +310,11 @@ def _choose_path(config: TokenWeaveConfig, model_runner: Any, coordinator: Any) 
     return choice.path
 
 
+def _largest_batch(model_runner: Any) -> int:
+    """Tokens of the largest prefill batch."""
+    return max(model_runner.server_args.chunked_prefill_size or 0, 0) or _UNCHUNKED_TOKENS
+
+
 def _communicator(
     config: TokenWeaveConfig, path: paths.Path, model_runner: Any, coordinator: Any
 ) -> Communicator:
@@ -254,7 +323,7 @@ def _communicator(
         return CollectiveCommunicator(coordinator.device_group, torch.device(model_runner.device))
     from sglang_ext.tokenweave.symmetric import symmetric_ranks
 
-    max_tokens = max(model_runner.server_args.chunked_prefill_size or 0, 0) or _UNCHUNKED_TOKENS
+    max_tokens = _largest_batch(model_runner)
     buffers = symmetric_ranks(
         coordinator.cpu_group,
         2 * max_tokens,

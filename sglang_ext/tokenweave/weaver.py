@@ -88,6 +88,17 @@ class Weaver:
     _fixed_cut: int | None = None
     _observed: bool = False
 
+    @property
+    def observed(self) -> bool:
+        """Whether it is known if this model has norms to fuse."""
+        return self._observed
+
+    @property
+    def running_half(self) -> int | None:
+        """The half (0 or 1) that is running; None outside of woven batches."""
+        turn = self._turn
+        return None if turn is None or turn.give_turn is None else turn.rows.half
+
     def cut_for(self, tokens: int) -> int | None:
         """Tokens of the first half of a batch of ``tokens``, or None to run it whole."""
         if self.stock_reason or not self._observed or not self.communicator.fits(tokens):
@@ -98,7 +109,7 @@ class Weaver:
 
     @contextlib.contextmanager
     def cut_at(self, cut: int) -> Iterator[None]:
-        """Cut every batch in this scope at ``cut``: canonical passes, whose cut no threshold may move."""
+        """Cut every prefill batch in this scope at ``cut``, whatever the rule says."""
         previous, self._fixed_cut = self._fixed_cut, cut
         try:
             yield
@@ -137,9 +148,10 @@ class Weaver:
             return run
 
         before, began = replace(self.statistics), time.perf_counter()
-        first, second = interleaver.run(
-            [start(half, rows) for half, rows in zip(halves, places, strict=True)]
-        )
+        with self.communicator.beside_compute():
+            first, second = interleaver.run(
+                [start(half, rows) for half, rows in zip(halves, places, strict=True)]
+            )
         self.statistics.woven += 1
         if self.statistics.woven == 3:
             logger.info(

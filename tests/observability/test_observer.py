@@ -261,4 +261,4 @@ def test_every_argument_of_the_digest_exists() -> None:
     from sglang_ext.server_args import ServerArgs
 
     names = {field for cls in (SGLangServerArgs, ServerArgs) for field in cls.__dataclass_fields__}
-    assert set(configuration.ARGUMENTS) - names <= {"enable_tokenweave"}
+    assert set(configuration.ARGUMENTS) <= names

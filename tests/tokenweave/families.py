@@ -1,6 +1,6 @@
 """Stock SGLang against TokenWeave on CPU with TP=2, for tiny random models of several families.
 
-    python tests/tokenweave/families.py [--families llama qwen2 ...] [--report FILE]
+    python tests/tokenweave/families.py [--families llama qwen2 ...] [--report FILE.json] [--table FILE.md]
 
 SGLang's own model runner and batches are driven as in its one-batch benchmark. Each family runs in fresh
 processes, stock and with TokenWeave. The woven ranks run every batch whole and cut at every token index:
@@ -71,8 +71,13 @@ FAMILIES = {
     "granite": Family(
         "GraniteConfig", {"residual_multiplier": 0.5, "embedding_multiplier": 2.0}, woven=False
     ),
-    # Norms without a residual stand behind the all-reduces.
-    "gemma2": Family("Gemma2Config", {"head_dim": 16, "sliding_window": 512}, woven=False),
+    # Norms without a residual stand behind the all-reduces. SGLang reads ``hidden_act``, which checkpoints
+    # have beside ``hidden_activation``.
+    "gemma2": Family(
+        "Gemma2Config",
+        {"head_dim": 16, "sliding_window": 512, "hidden_act": "gelu_pytorch_tanh"},
+        woven=False,
+    ),
 }
 
 #: New tokens of each request in the first batch and in the batch that continues it.
@@ -280,6 +285,7 @@ def compare(family: str) -> dict[str, Any]:
         "family": family,
         "woven": FAMILIES[family].woven,
         "cuts": len(cuts),
+        "steps": len(distances) * (2 + DECODE_STEPS),
         "max_logprob_distance": max(distances),
         "stock_reason": woven[0]["stock_reason"],
         "statistics": woven[0]["statistics"],
@@ -303,6 +309,47 @@ def _check_statistics(family: str, results: dict[Any, Any]) -> None:
     assert counts["resolved"] == 2 * both + runs * batches - both and counts["gathered"] == 0, counts
 
 
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The results for a reader, in Markdown; what is said of all families was asserted by :func:`compare`."""
+    import platform
+    from importlib.metadata import version
+
+    woven = [row["family"] for row in rows if row["woven"]]
+    lines = [
+        "# TokenWeave on seven model families" if len(rows) == len(FAMILIES) else "# TokenWeave by family",
+        "",
+        f"Greedy output ids of {len(rows)} families with TokenWeave on equal those of stock SGLang, on a CPU "
+        f"with {WORLD} tensor-parallel ranks (gloo). {len(woven)} are woven, whole and at every cut; the "
+        "others log why they are not and run stock, whatever cut is asked for.",
+        "",
+        "```",
+        "python tests/tokenweave/families.py --table docs/reports/tokenweave-families.md",
+        "```",
+        "",
+        f"Random models, {LAYERS} layers, hidden size {_SHAPE['hidden_size']}, float32. Batches: new prompts "
+        f"of {_listed(PROMPTS)} tokens; {_listed(CONTINUATIONS)} more tokens of each behind a cached prefix; "
+        f"{DECODE_STEPS} decode steps. Cuts: every token index of both prefill batches. Residual rows of "
+        "other ranks are NaN. Log-probabilities differ because products of other sizes add in other orders.",
+        "",
+        "| family | cuts | steps compared | batches in two halves | fused steps | plain all-reduces "
+        "| largest log-probability difference | runs stock because |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        counts = row["statistics"]
+        lines.append(
+            f"| {row['family']} | {row['cuts']} | {row['steps']} | {counts['woven']} | {counts['fused']} "
+            f"| {counts['resolved']} | {row['max_logprob_distance']:.1e} | {row['stock_reason'] or '-'} |"
+        )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("sglang", "torch", "transformers"))
+    lines += ["", f"Python {platform.python_version()}, {versions}, {platform.machine()}.", ""]
+    return "\n".join(lines)
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
+
+
 def prepare() -> None:
     """Import SGLang and put the hooks in place, once, before ranks are forked."""
     from sglang_ext import hooks
@@ -322,6 +369,7 @@ def main() -> None:
     )
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--report", type=Path, help="write the results as JSON")
+    parser.add_argument("--table", type=Path, help="write the results as Markdown")
     options = parser.parse_args()
     prepare()
     report = []
@@ -330,6 +378,8 @@ def main() -> None:
         print(json.dumps(report[-1]), flush=True)
         if options.report:
             options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.table:
+        options.table.write_text(as_table(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -137,3 +137,27 @@ def test_residual_is_gathered_for_whoever_needs_all_rows() -> None:
 def test_materialized_reaches_into_containers(pending: PendingAllReduce, reduce: CountedReduce) -> None:
     made = materialized(({"x": [pending]}, 3, None))
     assert type(made[0]["x"][0]) is torch.Tensor and made[1:] == (3, None) and reduce.calls == 1
+
+
+def test_an_observer_brings_nothing_about(pending: PendingAllReduce, reduce: CountedReduce) -> None:
+    partial = torch.arange(12.0).view(3, 4)
+    assert torch.equal(pending.observed(), partial)
+    assert reduce.calls == 0 and not pending.reduction.done
+    assert torch.equal(pending.materialize(), partial * 2)
+    assert pending.reduction.done and torch.equal(pending.observed(), partial * 2)
+
+
+def test_a_watched_all_reduce_runs_through_the_watcher(
+    pending: PendingAllReduce, reduce: CountedReduce
+) -> None:
+    seen = []
+
+    def around(all_reduce: Callable[[torch.Tensor], torch.Tensor], partial: torch.Tensor) -> torch.Tensor:
+        seen.append(partial.shape)
+        return all_reduce(partial)
+
+    pending.reduction.watch(around)
+    assert seen == []
+    pending.materialize()
+    pending.materialize()
+    assert seen == [(3, 4)] and reduce.calls == 1

@@ -5,12 +5,22 @@ from __future__ import annotations
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path as File
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from sglang_ext.tokenweave.paths import Capabilities, Choice, Path, PathError, agree, choose, probe
+from sglang_ext.tokenweave.paths import (
+    Capabilities,
+    Choice,
+    Path,
+    PathError,
+    agree,
+    agree_on_cuts,
+    choose,
+    probe,
+)
 
 HOPPER = Capabilities(world=8, device="cuda", capability=(9, 0))
 
@@ -48,31 +58,46 @@ def test_probe_of_a_cpu() -> None:
     assert choose("auto", capabilities).path is Path.COLLECTIVE
 
 
-def _agree(rank: int, store: str, paths: tuple[Path, Path], messages: multiprocessing.Queue[str]) -> None:
+def _agree(rank: int, store: str, choices: tuple[Any, Any], messages: multiprocessing.Queue[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     group = dist.group.WORLD
     assert group is not None
     try:
-        agree(Choice(paths[rank], f"reason {rank}"), group)
+        if isinstance(choices[rank], Path):
+            agree(Choice(choices[rank], f"reason {rank}"), group)
+        else:
+            agree_on_cuts(choices[rank], group)
         messages.put("agreed")
     except PathError as error:
         messages.put(str(error))
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("paths", [(Path.PEER, Path.PEER), (Path.PEER, Path.COLLECTIVE)])
-def test_ranks_must_choose_alike(paths: tuple[Path, Path], tmp_path: File) -> None:
+def _answers(choices: tuple[Any, Any], folder: File) -> set[str]:
+    """What both ranks say to their choices."""
     context = multiprocessing.get_context("fork")
     messages: multiprocessing.Queue[str] = context.Queue()  # type: ignore[assignment]
-    arguments = (str(tmp_path / "store"), paths, messages)
+    arguments = (str(folder / "store"), choices, messages)
     ranks = [context.Process(target=_agree, args=(rank, *arguments)) for rank in range(2)]
     for process in ranks:
         process.start()
     answers = {messages.get(timeout=60) for _ in ranks}
     for process in ranks:
         process.join(timeout=60)
-    if paths[0] is paths[1]:
-        assert answers == {"agreed"}
-        return
-    (message,) = answers
+    return answers
+
+
+@pytest.mark.parametrize("choices", [(Path.PEER, Path.PEER), ([None, 512], [None, 512])])
+def test_ranks_that_choose_alike_agree(choices: tuple[Any, Any], tmp_path: File) -> None:
+    assert _answers(choices, tmp_path) == {"agreed"}
+
+
+def test_ranks_must_choose_the_same_path(tmp_path: File) -> None:
+    (message,) = _answers((Path.PEER, Path.COLLECTIVE), tmp_path)
     assert "rank 0: peer (reason 0), rank 1: collective (reason 1)" in message
+
+
+def test_ranks_must_cut_alike(tmp_path: File) -> None:
+    """As with a tuning table that only one of two nodes has."""
+    (message,) = _answers(([None, 512], [None, 640]), tmp_path)
+    assert "otherwise on ranks [1] than on rank 0" in message and "--tokenweave-table" in message

@@ -31,6 +31,10 @@ ARGUMENTS = (
     "enable_torch_compile",
     "enable_fp32_lm_head",
     "enable_tokenweave",
+    "tokenweave_canonical_split",
+    "tokenweave_path",
+    "tokenweave_ctas",
+    "tokenweave_reserve",
     "llm42_window_size",
     "llm42_verify_batch_size",
 )

@@ -8,7 +8,7 @@ several ways and mended again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Mode(StrEnum):
     LEAK_CANDIDATES = "leak_candidates"  # slots of candidates are never freed
     STOCK_EXPERTS = "stock_experts"  # canonical passes run SGLang's experts
     STOCK_ALL_REDUCE = "stock_all_reduce"  # canonical passes run gloo's all-reduce
+    SECOND_HALF_FIRST = "second_half_first"  # the second half of a woven pass attends before the first
+    RING_ORDER = "ring_order"  # the fused step sums a row's parts in its owner's order, rounding each time
     SMALL_LOG_QUEUE = "small_log_queue"  # from the start: the commit log's queue holds a few lines
 
 
@@ -54,6 +56,7 @@ def register() -> None:
     from sglang_ext.cpu import collectives, experts
     from sglang_ext.llm42 import commit, request, sampling, scheduler_hooks
     from sglang_ext.llm42.observability import log_writer
+    from sglang_ext.tokenweave import collective, interleave
 
     _wrap(scheduler_hooks, "canonical_attention_factory", _attention_factory)
     _wrap(scheduler_hooks, "forward_batch_generation", _forward_batch_generation)
@@ -63,6 +66,8 @@ def register() -> None:
     _wrap(sampling, "_sample", _sample)
     _wrap(experts, "invariant_experts", _invariant_experts)
     _wrap(collectives, "_order_matters", _order_matters)
+    _wrap(interleave.Interleaver, "run", _run_halves)
+    _wrap(collective, "reduce_in_rank_order", _reduce)
     _wrap(log_writer.LogWriter, "__init__", _log_writer)
 
 
@@ -187,3 +192,20 @@ def _invariant_experts(original: Callable[..., Any], stock: Callable[..., Any], 
 
 def _order_matters(original: Callable[..., bool], *args: Any) -> bool:
     return original(*args) and not active(Mode.STOCK_ALL_REDUCE)
+
+
+def _run_halves(original: Callable[..., list[Any]], interleaver: Any, halves: Sequence[Any]) -> list[Any]:
+    if not active(Mode.SECOND_HALF_FIRST):
+        return original(interleaver, halves)
+    return original(interleaver, halves[::-1])[::-1]
+
+
+def _reduce(original: Callable[..., torch.Tensor], partials: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As a ring does it: the rank that owns a row is the last to add its part."""
+    if not active(Mode.RING_ORDER):
+        return original(partials)
+    own = torch.distributed.get_rank()
+    total = partials[(own + 1) % len(partials)].clone()
+    for step in range(2, len(partials) + 1):
+        total += partials[(own + step) % len(partials)]
+    return total
