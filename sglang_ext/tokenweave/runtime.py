@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from sglang_ext.tokenweave.batch import BatchCutError, cut_batch
 from sglang_ext.tokenweave.canonical import HalvedAttention
 from sglang_ext.tokenweave.communicator import CollectiveCommunicator, Communicator, KernelCommunicator
 from sglang_ext.tokenweave.config import TokenWeaveConfig
+from sglang_ext.tokenweave.learned_rule import LearnedRule
 from sglang_ext.tokenweave.split import GRANULARITY, CommModel, Decision, Gpu, SplitRule, WaveModel
 from sglang_ext.tokenweave.tune import is_mixture_of_experts, layer_of_config
 from sglang_ext.tokenweave.weaver import Weaver
@@ -79,7 +79,10 @@ class Runtime:
         if halves is None:
             return self.weaver.run_whole(tokens, lambda: original(*bound.args, **bound.kwargs))
         cut, calls = halves
-        return self.weaver.run_halves(cut, tokens, calls)
+        output = self.weaver.run_halves(cut, tokens, calls)
+        if isinstance(self.weaver.decide, LearnedRule) and not _captures_graph():
+            self.weaver.decide.observe(self.weaver.launched)
+        return output
 
     def _halves(
         self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
@@ -379,7 +382,14 @@ def _rule(
         )
     if coordinator.rank_in_group == 0:
         logger.info("TokenWeave cuts batches by the %s, from %d tokens, path %s", basis, minimum, path.value)
-    return functools.lru_cache(maxsize=4096)(rule.decide)
+    return LearnedRule(rule, lambda value: _largest(value, coordinator.cpu_group))
+
+
+def _largest(value: float, group: Any) -> float:
+    """The largest of all ranks' values (``group`` has a CPU backend)."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    return float(largest)
 
 
 def _whole(tokens: int, reason: str) -> Decision:

@@ -72,6 +72,7 @@ class Weaver:
         fuse_whole: use the fused step for batches that are not cut (pays with the kernel only).
         poison_residual: fill residual rows of others with NaN.
         stock_reason: why the model runs stock from now on, or None.
+        launched: when the host launched each fused step of the last batch in two halves, in seconds.
     """
 
     rank: int
@@ -84,6 +85,7 @@ class Weaver:
     poison_residual: bool = False
     stock_reason: str | None = None
     statistics: Statistics = field(default_factory=Statistics)
+    launched: list[float] = field(default_factory=list)
     _turn: _Turn | None = None
     _fixed_cut: int | None = None
     _observed: bool = False
@@ -147,18 +149,13 @@ class Weaver:
 
             return run
 
-        before, began = replace(self.statistics), time.perf_counter()
+        before = replace(self.statistics)
+        self.launched.clear()
         with self.communicator.beside_compute():
             first, second = interleaver.run(
                 [start(half, rows) for half, rows in zip(halves, places, strict=True)]
             )
         self.statistics.woven += 1
-        if self.statistics.woven == 3:
-            logger.info(
-                "TokenWeave: a batch of %d tokens in two halves took the host %.1f ms to launch",
-                tokens,
-                1e3 * (time.perf_counter() - began),
-            )
         if self.statistics.woven == 1:
             logger.info(
                 "TokenWeave: first batch run as two halves, %d of %d tokens first; %d fused steps, %d plain "
@@ -208,6 +205,7 @@ class Weaver:
         )
         self.statistics.fused += 1
         if turn.give_turn is not None:
+            self.launched.append(time.perf_counter())
             turn.give_turn()
         return join(), kept
 

@@ -1,0 +1,73 @@
+"""The split rule of a server, which learns how long the host takes to launch a layer in halves.
+
+Halves are launched kernel by kernel, while an uncut batch usually is one CUDA graph. Where the host is slower
+than the GPU, a cut loses, whatever the GPU would gain. How slow the host is depends on the machine and on
+what else runs there, so the first batches in halves are timed, and from then on the rule reckons with it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
+
+from sglang_ext.tokenweave.split import Decision, SplitRule
+
+logger = logging.getLogger(__name__)
+
+#: Microseconds per layer and batch that are reckoned with before anything was timed. Measured with 20 layers
+#: of a 70B Llama on four H100 (``docs/benchmarks/tokenweave-llama-70b-tp4.md``): 4.2 to 4.4 ms.
+FIRST_GUESS_US = 4300.0
+
+#: Batches to time; the fastest counts, for the first ones may compile something.
+BATCHES = 3
+
+#: Fused steps of a layer: two in each half.
+STEPS_PER_LAYER = 4
+
+#: Of a batch, only so many steps are timed: a host far ahead of the GPU is held up by the full launch queue.
+TIMED_STEPS = 10 * STEPS_PER_LAYER
+
+
+def layer_us(launched: Sequence[float]) -> float | None:
+    """Host microseconds per layer, from the seconds at which fused steps were launched; None if too few."""
+    times = launched[: TIMED_STEPS + 1]
+    if len(times) <= STEPS_PER_LAYER:
+        return None
+    return 1e6 * STEPS_PER_LAYER * fmean(b - a for a, b in pairwise(times))
+
+
+class LearnedRule:
+    """Chooses cuts by a :class:`SplitRule`; calls with equal tokens give equal answers until it has learned.
+
+    Args:
+        rule: with compute and communication times; its host time is replaced.
+        agree: the largest of all ranks' values, a collective. Every rank observes the same batches, so all
+            call it at the same point, and all cut alike afterwards.
+    """
+
+    def __init__(self, rule: SplitRule, agree: Callable[[float], float]) -> None:
+        self.rule = replace(rule, host_us=FIRST_GUESS_US)
+        self._agree = agree
+        self._seen: list[float] = []
+        self._known: dict[int, Decision] = {}
+
+    def __call__(self, tokens: int) -> Decision:
+        """The cut for a batch of ``tokens``."""
+        if tokens not in self._known:
+            self._known[tokens] = self.rule.decide(tokens)
+        return self._known[tokens]
+
+    def observe(self, launched: Sequence[float]) -> None:
+        """A batch in halves was launched, its fused steps at these seconds; alike on every rank."""
+        if len(self._seen) == BATCHES:
+            return
+        self._seen.append(layer_us(launched) or FIRST_GUESS_US)
+        if len(self._seen) < BATCHES:
+            return
+        host_us = self._agree(min(self._seen))
+        logger.info("TokenWeave: the host takes %.0f us to launch a layer in two halves", host_us)
+        self.rule = replace(self.rule, host_us=host_us)
+        self._known.clear()

@@ -1,0 +1,73 @@
+"""The split rule that learns the host's time: when it cuts before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_ext.tokenweave import learned_rule
+from sglang_ext.tokenweave.learned_rule import BATCHES, FIRST_GUESS_US, LearnedRule, layer_us
+from sglang_ext.tokenweave.split import CommModel, MeasuredModel, SplitRule
+
+#: A layer takes half a microsecond per token, and the fused step a quarter as long as its block.
+TOKENS = tuple(range(128, 16385, 128))
+MODEL = MeasuredModel(TOKENS, tuple(0.2 * t for t in TOKENS), tuple(0.3 * t for t in TOKENS))
+HIDDEN = 1024
+COMM = CommModel(latency_us=1.0, bytes_per_us=2 * HIDDEN / 0.1)
+
+
+def _rule(host_us: Sequence[float] = (), others: float = 0.0) -> LearnedRule:
+    """A rule that has observed batches whose layers took the host ``host_us``."""
+    rule = LearnedRule(SplitRule(MODEL, MODEL, COMM, HIDDEN), lambda mine: max(mine, others))
+    for layer in host_us:
+        rule.observe(_launches(layer))
+    return rule
+
+
+def _launches(layer: float, layers: int = 20) -> list[float]:
+    step = layer * 1e-6 / learned_rule.STEPS_PER_LAYER
+    return [7.0 + i * step for i in range(layers * learned_rule.STEPS_PER_LAYER)]
+
+
+def test_before_it_has_learned_only_large_batches_are_cut() -> None:
+    rule = _rule()
+    assert rule(2048).cut is None and rule(16384).cut is not None
+    assert rule.rule.host_us == FIRST_GUESS_US
+
+
+def test_a_fast_host_lets_smaller_batches_be_cut() -> None:
+    assert _rule([300.0] * (BATCHES - 1))(2048).cut is None
+    assert _rule([300.0] * BATCHES)(2048).cut is not None
+
+
+def test_a_slow_host_stops_cuts_of_large_batches() -> None:
+    assert _rule([20000.0] * BATCHES)(16384).cut is None
+
+
+def test_the_fastest_batch_of_the_slowest_rank_counts() -> None:
+    assert _rule([9000.0, 250.0, 400.0]).rule.host_us == pytest.approx(250, rel=1e-3)
+    assert _rule([9000.0, 250.0, 400.0], others=700.0).rule.host_us == 700
+
+
+def test_it_learns_once() -> None:
+    rule = _rule([300.0] * BATCHES)
+    rule.observe(_launches(90000.0))
+    assert rule.rule.host_us == pytest.approx(300, rel=1e-3)
+
+
+@given(host_us=st.floats(1, 20000), tokens=st.integers(1024, 16384))
+def test_no_cut_is_slower_than_the_whole_on_either_side(host_us: float, tokens: int) -> None:
+    decision = _rule([host_us] * BATCHES)(tokens)
+    if decision.cut is not None:
+        assert decision.split_us >= host_us * 0.999
+        assert decision.split_us < decision.whole_us
+
+
+def test_launches_behind_a_full_queue_are_not_counted() -> None:
+    early = _launches(400.0, layers=11)
+    late = [early[-1] + 0.01 * i for i in range(1, 200)]
+    assert layer_us(early + late) == pytest.approx(400, rel=1e-3)
+    assert layer_us(early[:3]) is None
