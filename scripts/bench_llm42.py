@@ -532,7 +532,7 @@ def _without_paths(flags: Sequence[str]) -> list[str]:
 
 def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequence[str]) -> str:
     """The Markdown report."""
-    machine = {"GPU": device_name() or "none", **serving.machine()}
+    machine = {"GPU": "; ".join(device_name().splitlines()) or "none", **serving.machine()}
     model = (
         f"Llama-3.1-8B's shape with {arguments.layers} layers and random weights (scripts/random_weights, "
         f"open share {arguments.open_share:g})"
