@@ -63,11 +63,13 @@ class PrefixSharing:
         if req.positional_embed_overrides is not None or envs.SGLANG_RADIX_FORCE_MISS.get():
             return 0
         found = len(req.prefix_indices)
+        if len(req.full_untruncated_fill_ids) - found >= adder.rem_total_tokens:
+            return 0  # it will not be admitted now; nothing should be evicted for it
         canonical = tree.match_prefix(
             MatchPrefixParams(key=_key(req, canonical_key(req.extra_key, generation)))
         )
         source = canonical.device_indices[found:]
-        if not FEWEST_TOKENS <= len(source) < adder.rem_total_tokens:
+        if len(source) < FEWEST_TOKENS:
             return 0
         slots = _allocate(tree, len(source), keep=(canonical.last_device_node, req.last_node))
         if slots is None:
