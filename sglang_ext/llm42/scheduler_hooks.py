@@ -319,12 +319,10 @@ def _may_end(req: Req, token: int) -> bool:
     params = req.sampling_params
     if params.ignore_eos:
         return False
-    tokenizer = req.tokenizer
-    return (
-        token in (req.eos_token_ids or ())
-        or token in (params.stop_token_ids or ())
-        or (tokenizer is not None and token == tokenizer.eos_token_id)
-    )
+    ends = {*(req.eos_token_ids or ()), *(params.stop_token_ids or ())}
+    if req.tokenizer is not None:
+        ends |= {req.tokenizer.eos_token_id, *(req.tokenizer.additional_stop_token_ids or ())}
+    return token in ends
 
 
 def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **kwargs: Any) -> None:
