@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from sglang_ext import hooks, launch_server
 from sglang_ext.llm42 import requirements
 from sglang_ext.llm42.config import Llm42Config
+from sglang_ext.llm42.server import refusals
 
 hooks.install(hooks.Feature.FLAGS)
 
@@ -195,6 +196,14 @@ def test_every_refused_flag_is_tried() -> None:
     found = {row.what for s in REFUSED for row in requirements.FLAGS if row.applies(_plain_arguments(**s))}
     assert found == {row.what for row in requirements.FLAGS}
     assert not [row.what for row in requirements.FLAGS if row.applies(_plain_arguments())]
+
+
+def test_the_documentation_gives_the_reason_for_every_refusal() -> None:
+    text = (Path(__file__).parents[1] / "docs/refused.md").read_text()
+    for row in (*requirements.FLAGS, *requirements.MODELS):
+        assert f"\n| {row.what} | {row.reason} | " in text, row.what
+    for refusal in refusals.REFUSED_PER_REQUEST:
+        assert f"\n| `{refusal.field}` | {refusal.reason} |\n" in text, refusal.field
 
 
 def _plain_arguments(**settings: Any) -> ServerArgs:

@@ -140,15 +140,16 @@ def attach(req: Req, weights_generation: int) -> None:
         seed=DEFAULT_SEED if seed is None else int(seed),
         seed_is_default=seed is None,
     )
-    req.extra_key = (req.extra_key or "") + _namespace(weights_generation)
+    req.extra_key = canonical_key(req.extra_key, weights_generation)
+
+
+def canonical_key(extra_key: str | None, weights_generation: int) -> str:
+    """Where the radix cache holds canonical KV of requests with ``extra_key``."""
+    return (extra_key or "") + f"{CANONICAL_NAMESPACE}{weights_generation}"
 
 
 def renew_namespace(req: Req, weights_generation: int) -> None:
     """Let a marked ``req`` that has not begun meet canonical entries of new weights only."""
     if of(req) is not None:
         assert req.extra_key is not None
-        req.extra_key = req.extra_key.rpartition(CANONICAL_NAMESPACE)[0] + _namespace(weights_generation)
-
-
-def _namespace(weights_generation: int) -> str:
-    return f"{CANONICAL_NAMESPACE}{weights_generation}"
+        req.extra_key = canonical_key(req.extra_key.rpartition(CANONICAL_NAMESPACE)[0], weights_generation)

@@ -28,6 +28,7 @@ from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, Pa
 from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
 from sglang_ext.llm42.pass_stream import Results, SlotGuard, pass_stream
+from sglang_ext.llm42.prefix_sharing import PrefixSharing
 from sglang_ext.llm42.request import Verdict
 from sglang_ext.llm42.statistics import Statistics
 from sglang_ext.llm42.transfer import to_device
@@ -124,6 +125,8 @@ class Runtime:
         self._table = CandidateTable(
             model_runner.req_to_token_pool.req_to_token.shape[0], lane.capacity, self.device
         )
+        self._sharing = PrefixSharing(model_runner.token_to_kv_pool)
+        self._anything_canonical = False
         self._requests: dict[LaneRequest, Req] = {}
         self._launched: deque[LaunchedPass] = deque()
         self._step_number = 0
@@ -142,6 +145,13 @@ class Runtime:
         state = deterministic.of(req)
         assert state is not None
         self._requests[state.admit(req)] = req
+        self._anything_canonical = True
+
+    def share_prefix(self, adder: Any, req: Req) -> None:
+        """The unmarked ``req`` is about to be admitted; see :meth:`PrefixSharing.offer`."""
+        if self._anything_canonical:
+            copied = self._sharing.offer(adder, req, self.weights_generation)
+            self.statistics.shared_prefix_tokens += copied
 
     def allow_sizes(self, sizes: Iterable[int]) -> None:
         """Let smaller passes of ``sizes`` segments run, and no others; see :meth:`PassSizes.allow`."""
@@ -157,8 +167,9 @@ class Runtime:
             self._slot_guard.freeing(launched.results)
 
     def before_forward(self, slots: int, prompts: bool) -> None:
-        """A forward of SGLang is about to be launched; see :class:`SlotGuard`."""
-        self._slot_guard.before_forward(slots, prompts)
+        """A forward of SGLang is about to be launched; see :class:`SlotGuard` and :class:`PrefixSharing`."""
+        self._slot_guard.before_forward(slots, prompts or self._sharing.pending)
+        self._sharing.copy()
 
     def release(self, req: Req) -> None:
         """``req`` is about to give its memory back: finished, aborted or retracted."""

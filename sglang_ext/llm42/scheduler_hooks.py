@@ -116,7 +116,8 @@ def attach_state(result: None, req: Req, *args: Any, **kwargs: Any) -> None:
 def add_one_req(original: Callable[..., Any], adder: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
     """Around ``PrefillAdder.add_one_req``: prefill batches are all marked or all unmarked.
 
-    A marked request only takes memory here, so SGLang's limits on computed tokens do not apply to it.
+    A marked request only takes memory here, so SGLang's limits on computed tokens do not apply to it. An
+    unmarked one may find a canonical prefix.
     """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
@@ -124,6 +125,7 @@ def add_one_req(original: Callable[..., Any], adder: Any, req: Req, *args: Any, 
     if adder.can_run_list and (deterministic.of(adder.can_run_list[0]) is not None) != marked:
         return AddReqResult.OTHER
     if not marked:
+        runtime().share_prefix(adder, req)
         return original(adder, req, *args, **kwargs)
     with _unlimited_tokens(adder):
         return original(adder, req, *args, **kwargs)
@@ -222,12 +224,13 @@ def forward_batch_generation(
 
 def _guard_slots(batch: ScheduleBatch) -> None:
     """Let this batch's forward wait if it may write to slots that a canonical pass under way still uses."""
-    if _runtime is None or batch.out_cache_loc is None:
+    if _runtime is None:
         return
+    slots = 0 if batch.out_cache_loc is None else len(batch.out_cache_loc)
     extend = batch.forward_mode.is_extend()
     # A marked prefill batch takes slots, but nothing is computed.
     prompts = extend and not allocation.any_deterministic(batch.reqs)
-    _runtime.before_forward(len(batch.out_cache_loc), prompts)
+    _runtime.before_forward(slots, prompts)
 
 
 def _skip_prefill(batch: ScheduleBatch) -> GenerationBatchResult:
@@ -316,12 +319,10 @@ def _may_end(req: Req, token: int) -> bool:
     params = req.sampling_params
     if params.ignore_eos:
         return False
-    tokenizer = req.tokenizer
-    return (
-        token in (req.eos_token_ids or ())
-        or token in (params.stop_token_ids or ())
-        or (tokenizer is not None and token == tokenizer.eos_token_id)
-    )
+    ends = {*(req.eos_token_ids or ()), *(params.stop_token_ids or ())}
+    if req.tokenizer is not None:
+        ends |= {req.tokenizer.eos_token_id, *(req.tokenizer.additional_stop_token_ids or ())}
+    return token in ends
 
 
 def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **kwargs: Any) -> None:

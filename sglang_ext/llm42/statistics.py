@@ -28,6 +28,7 @@ class Statistics:
         candidates_rejected: judged candidates that a canonical token replaced.
         rollbacks: verifications with a rejected candidate.
         tokens_rolled_back: candidates discarded by rollbacks.
+        shared_prefix_tokens: tokens of canonical prefixes copied for unmarked requests.
     """
 
     decode_steps: int = 0
@@ -44,6 +45,7 @@ class Statistics:
     candidates_rejected: int = 0
     rollbacks: int = 0
     tokens_rolled_back: int = 0
+    shared_prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._before_reset = dict.fromkeys(self.as_dict(), 0)

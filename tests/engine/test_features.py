@@ -267,6 +267,36 @@ def test_next_turn_finds_prompt_and_answer_in_the_cache(server: SabotagedServer)
     assert cold == warm
 
 
+def test_unmarked_requests_use_canonical_prefixes(server: SabotagedServer) -> None:
+    """What marked requests leave serves unmarked ones, as a copy with the right bytes that spoils nothing."""
+    sampling = {"max_new_tokens": NEW_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    first = Request(PROMPT, True, sampling)
+    server.flush_cache()
+    answer = server.generate(first)
+    prefix = (*PROMPT, *answer.token_ids)
+    asked = {"return_logprob": True, "top_logprobs_num": 20}
+    turn = Request((*prefix, 7, 8, 9), False, {"max_new_tokens": 1, "temperature": 0.0})
+    server.reset_statistics()
+    warm = server.generate(turn, **asked)
+    assert warm.meta["cached_tokens"] == len(prefix) - 1
+    assert server.statistics()["shared_prefix_tokens"] == len(prefix) - 1
+    edited = Request((*prefix[:-10], 7, 8, 9), False, sampling)
+    assert server.generate(edited).meta["cached_tokens"] == len(prefix) - 10
+    assert server.statistics()["shared_prefix_tokens"] == len(prefix) - 1, "the copy was there already"
+    again = server.generate(Request((*prefix, 7, 8, 9), True, sampling))
+    assert again.meta["cached_tokens"] == len(prefix) - 1
+
+    server.flush_cache()
+    cold = server.generate(turn, **asked)
+    assert cold.meta["cached_tokens"] == 0
+    top = {token: value for value, token, _ in warm.meta["output_top_logprobs"][0]}
+    for value, token, _ in cold.meta["output_top_logprobs"][0][:8]:
+        assert top[token] == pytest.approx(value, abs=0.2)  # SGLang's prefill rounds otherwise
+    assert server.generate(first) == answer
+    server.flush_cache()
+    assert server.generate(Request((*prefix, 7, 8, 9), True, sampling)) == again
+
+
 def test_an_abort_is_not_lost_in_a_rollback(server: SabotagedServer) -> None:
     """In the original a mismatch took the abort back, and the request ran on."""
     endless = Request(PROMPT, True, {"max_new_tokens": 400, "ignore_eos": True, "temperature": 1.0})

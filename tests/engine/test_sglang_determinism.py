@@ -60,6 +60,25 @@ def test_prefix(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Logprobs are identical across all batch sizes" in capsys.readouterr().out
 
 
+def test_prefix_with_a_filled_cache(
+    server: Server,
+    cached_tokens: list[int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same, where the cache keeps what the batches before have left."""
+    post = program.requests.post
+
+    def post_unless_flush(url: str, **kwargs: Any) -> Any:
+        return None if url.endswith("/flush_cache") else post(url, **kwargs)
+
+    monkeypatch.setattr(program.requests, "post", post_unless_flush)
+    args = arguments(server, "prefix", n_start=3, n_trials=3, return_logprob=True)
+    assert all(unique <= 1 for unique in program.test_deterministic(args))
+    assert "Logprobs are identical across all batch sizes" in capsys.readouterr().out
+    assert max(cached_tokens[-5:]) > 0, "nothing was found in the cache"
+
+
 def test_radix_cache(server: Server, cached_tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     # The program draws token ids up to 50000; the demo model ends at 49151.
     draw = program.random.randint
@@ -69,5 +88,6 @@ def test_radix_cache(server: Server, cached_tokens: list[int], monkeypatch: pyte
 
 
 def test_prefill_against_decode(server: Server) -> None:
+    """No hits here either: log-probabilities of a whole prompt need all of its rows."""
     results = program.test_deterministic(arguments(server, "p_vs_d", n_trials=3))
     assert results == [1] * 6

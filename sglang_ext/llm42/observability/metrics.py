@@ -27,6 +27,10 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
     ),
     "rollbacks": ("sglang:llm42_rollbacks_total", "Verifications with a rejected candidate."),
     "tokens_rolled_back": ("sglang:llm42_tokens_rolled_back_total", "Candidates discarded by rollbacks."),
+    "shared_prefix_tokens": (
+        "sglang:llm42_shared_prefix_tokens_total",
+        "Tokens of canonical prefixes copied for unmarked requests.",
+    ),
 }
 RUNNING = ("sglang:llm42_num_running_reqs", "Deterministic requests that are running.")
 LINES = ("sglang:llm42_commit_log_lines_total", "Lines written to the commit log.")
