@@ -157,9 +157,17 @@ class CanonicalPass:
 
         free = self.segments - len(segments)
         starts_cpu = [s.start for s in segments] + [0] * free
-        pool = self._to_device([s.pool_index for s in segments] + [0] * free)
-        starts = self._to_device(starts_cpu)
-        rows = self._to_device([s.rows for s in segments] + [0] * free)
+        # One copy: on a GPU each costs more than what it carries.
+        pool, starts, rows, verify = to_device(
+            [
+                [s.pool_index for s in segments] + [0] * free,
+                starts_cpu,
+                [s.rows for s in segments] + [0] * free,
+                [s.kind is SegmentKind.VERIFY for s in segments] + [0] * free,
+            ],
+            self.device,
+            torch.int64,
+        )
         positions = (starts[:, None] + self._row).clamp_(max=self._last_position)
         used = self._row < rows[:, None]
         slots = self._req_to_token[pool[:, None], positions].to(torch.int64)
@@ -170,7 +178,9 @@ class CanonicalPass:
         batch = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=self.segments,
-            input_ids=self._token_ids(segments, candidates, pool, positions, used),
+            input_ids=self._token_ids(
+                segments, candidates, pool, positions, used & verify.to(torch.bool)[:, None]
+            ),
             req_pool_indices=pool,
             seq_lens=starts + self.rows,
             out_cache_loc=slots.reshape(-1),
@@ -196,19 +206,16 @@ class CanonicalPass:
         candidates: CandidateTable,
         pool: torch.Tensor,
         positions: torch.Tensor,
-        used: torch.Tensor,
+        from_table: torch.Tensor,
     ) -> torch.Tensor:
-        """Token ids of all rows, shape ``[G * W]``."""
-        known = [list(s.token_ids) + [PADDING_TOKEN] * (self.rows - len(s.token_ids)) for s in segments]
-        known += [[PADDING_TOKEN] * self.rows] * (self.segments - len(segments))
-        ids = self._to_device(known)
+        """Token ids of all rows, shape ``[G * W]``: the table's where ``from_table``, else the known ones."""
+        if any(s.token_ids for s in segments):
+            known = torch.full((self.segments, self.rows), PADDING_TOKEN, dtype=torch.int64)
+            for row, segment in zip(known, segments, strict=False):
+                row[: len(segment.token_ids)] = torch.tensor(list(segment.token_ids), dtype=torch.int64)
+            ids = to_device(known, self.device)
+        else:
+            ids = torch.full(positions.shape, PADDING_TOKEN, dtype=torch.int64, device=self.device)
         if any(s.kind is SegmentKind.VERIFY for s in segments):
-            verify = [s.kind is SegmentKind.VERIFY for s in segments] + [False] * (
-                self.segments - len(segments)
-            )
-            from_table = used & self._to_device(verify)[:, None]
             ids = torch.where(from_table, candidates.read(pool[:, None], positions), ids)
         return ids.reshape(-1)
-
-    def _to_device(self, values: Sequence[object]) -> torch.Tensor:
-        return to_device(values, self.device)

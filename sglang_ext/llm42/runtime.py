@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -40,6 +40,24 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
+class DeviceRows(NamedTuple):
+    """Rows of a decode batch on the device; int64 ``[rows]`` each.
+
+    Attributes:
+        row: their numbers in the batch.
+        pool: their requests' places in SGLang's ``req_to_token`` table.
+        position: where each writes KV.
+    """
+
+    row: torch.Tensor
+    pool: torch.Tensor
+    position: torch.Tensor
+
+    def first(self, count: int) -> DeviceRows:
+        """The first ``count`` of them."""
+        return DeviceRows(*(values[:count] for values in self))
+
+
 @dataclass
 class DecodeStep:
     """One decode step of a batch with deterministic requests.
@@ -53,6 +71,7 @@ class DecodeStep:
         drafted: rows that did draft a candidate, once they have.
         narrow: of each of these, whether its candidate won narrowly, bool ``[len(drafted)]`` on the host,
             complete when SGLang has the step's result there.
+        marked: the drafting rows, then the idle ones, on the device; None until the step runs.
     """
 
     reqs: list[Req]
@@ -62,6 +81,7 @@ class DecodeStep:
     verdicts: dict[int, list[Verdict]]
     drafted: list[int] = field(default_factory=list)
     narrow: torch.Tensor | None = None
+    marked: DeviceRows | None = None
 
     @property
     def others(self) -> int:
@@ -131,7 +151,7 @@ class Runtime:
         self._launched: deque[LaunchedPass] = deque()
         self._step_number = 0
         self._sampling_step: DecodeStep | None = None
-        self._rows_to_level: list[int] = []
+        self._rows_to_level: torch.Tensor | None = None
 
     # Life of a request
 
@@ -295,21 +315,20 @@ class Runtime:
         step, self._sampling_step = self._sampling_step, None
         if step is None:
             return sample_batch()
-        self._rows_to_level = step.drafting + step.idle
+        self._rows_to_level = None if step.marked is None else step.marked.row
         # With a grammar SGLang samples only after the previous result, which may have ended a request.
         drafting = [row for row in step.drafting if self._lane(step.reqs[row]) is not None]
         if not drafting:
             return sample_batch()
-        rows = to_device(drafting, self.device)
+        rows, pool, written = self._drafting_rows(step, drafting)
         logits = logits_output.next_token_logits[rows]
         token_ids = sample_batch()
         reqs = [step.reqs[row] for row in drafting]
         lanes = [lane for req in reqs if (lane := self._lane(req)) is not None]
         logits = self._process(logits, reqs, [lane.pending for lane in lanes])
-        positions = to_device([step.positions[row] + 1 for row in drafting], self.device)
+        positions = written + 1
         drafted, margins = sampling.sample_with_margin(logits, sampling_rows(reqs, self.device), positions)
         step.drafted, step.narrow = drafting, self._narrow(logits, drafted, margins)
-        pool = to_device([req.req_pool_idx for req in reqs], self.device)
         self._table.write(pool, positions, drafted)
         for lane in lanes:
             lane.drafted()
@@ -323,9 +342,9 @@ class Runtime:
         scheduler. SGLang's state of a marked request can leave it such a row: its grammar matcher follows
         committed tokens, its penalties count decode steps, and start from zero after a retraction.
         """
-        rows, self._rows_to_level = self._rows_to_level, []
-        if rows:
-            logits.index_fill_(0, to_device(rows, self.device), 0)
+        rows, self._rows_to_level = self._rows_to_level, None
+        if rows is not None:
+            logits.index_fill_(0, rows, 0)
 
     def _narrow(self, logits: torch.Tensor, token_ids: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
         """Whether rounding alone might have given another token; bool ``[rows]``, on its way to the host."""
@@ -337,12 +356,23 @@ class Runtime:
         rows = step.drafting + step.idle
         if not rows:
             return
-        pool = to_device([step.reqs[r].req_pool_idx for r in rows], self.device)
-        positions = to_device([step.positions[r] for r in rows], self.device)
-        token_ids = self._table.read(pool, positions)
+        step.marked = self._device_rows(step, rows)
+        token_ids = self._table.read(step.marked.pool, step.marked.position)
         token_ids[len(step.drafting) :] = 0
         batch.input_ids = batch.input_ids.clone()
-        batch.input_ids[to_device(rows, self.device)] = token_ids.to(batch.input_ids.dtype)
+        batch.input_ids[step.marked.row] = token_ids.to(batch.input_ids.dtype)
+
+    def _drafting_rows(self, step: DecodeStep, drafting: Sequence[int]) -> DeviceRows:
+        """The rows ``drafting``: those that the step put on the device, unless a request has ended since."""
+        if step.marked is not None and len(drafting) == len(step.drafting):
+            return step.marked.first(len(drafting))
+        return self._device_rows(step, drafting)
+
+    def _device_rows(self, step: DecodeStep, rows: Sequence[int]) -> DeviceRows:
+        """In one copy: on a GPU each costs more than what it carries."""
+        pools = [step.reqs[row].req_pool_idx for row in rows]
+        positions = [step.positions[row] for row in rows]
+        return DeviceRows(*to_device([list(rows), pools, positions], self.device, torch.int64))
 
     # Canonical passes
 
@@ -378,29 +408,30 @@ class Runtime:
     def _judge(self, owned: list[tuple[Segment, Req]], logits: torch.Tensor) -> LaunchedPass:
         """Sample the canonical token of every row that decides something."""
         offsets: list[int | None] = []
-        index: list[tuple[int, int]] = []
-        positions: list[int] = []
-        pools: list[int] = []
-        reqs: list[Req] = []
+        firsts: list[tuple[int, int, int, int]] = []
+        deciders: list[Req] = []
+        counts: list[int] = []
+        earlier: list[int] = []
         for g, (segment, req) in enumerate(owned):
             rows = _deciding_rows(segment)
-            offsets.append(len(index) if rows else None)
-            index += [(g, row) for row in rows]
-            positions += [segment.start + row + 1 for row in rows]
-            pools += [req.req_pool_idx] * len(rows)
-            reqs += [req] * len(rows)
+            offsets.append(len(earlier) if rows else None)
+            if not rows:
+                continue
+            firsts.append((g, rows.start, segment.start + rows.start + 1, req.req_pool_idx))
+            deciders.append(req)
+            counts.append(len(rows))
+            # A row that is judged follows candidates; the end of a prompt follows none.
+            earlier += rows if segment.kind is SegmentKind.VERIFY else [0]
+        reqs = [req for req, count in zip(deciders, counts, strict=True) for _ in range(count)]
         prompt_logits = [
             (g, segment.start + row, logits[g, row].clone())
             for g, (segment, req) in enumerate(owned)
             for row in logprobs.prompt_rows(segment, req)
         ]
-        where = to_device(index, self.device, torch.int64).reshape(-1, 2)
-        position = to_device(positions, self.device, torch.int64)
-        pool = to_device(pools, self.device, torch.int64)
-        earlier = [row if owned[g][0].kind is SegmentKind.VERIFY else 0 for g, row in index]
-        deciding = self._process(logits[where[:, 0], where[:, 1]], reqs, earlier)
+        group, row, position, pool = to_device(consecutive_rows(firsts, counts), self.device)
+        deciding = self._process(logits[group, row], reqs, earlier)
         output_logits = {i: deciding[i] for i, req in enumerate(reqs) if logprobs.wants_output(req)}
-        judged = sampling.sample(deciding, sampling_rows(reqs, self.device), position)
+        judged = sampling.sample(deciding, sampling_rows(deciders, self.device, counts), position)
         drafted = self._table.read(pool, position)
         results = self._stream.results((judged, drafted))
         return LaunchedPass(owned, offsets, results, output_logits, prompt_logits)
@@ -490,9 +521,28 @@ def _output_logprobs(
     )
 
 
-def sampling_rows(reqs: Sequence[Req], device: Any) -> sampling.SamplingRows:
-    """Sampling parameters of one row per entry of ``reqs`` (a request may stand there several times)."""
-    return sampling.SamplingRows.from_params([_row_params(req) for req in reqs], device)
+def sampling_rows(
+    reqs: Sequence[Req], device: Any, counts: Sequence[int] | None = None
+) -> sampling.SamplingRows:
+    """Sampling parameters of one row per entry of ``reqs`` or, with ``counts``, of so many per entry."""
+    return sampling.SamplingRows.from_params([_row_params(req) for req in reqs], device, counts)
+
+
+def consecutive_rows(firsts: Sequence[tuple[int, int, int, int]], counts: Sequence[int]) -> torch.Tensor:
+    """Rows of several segments in sequence, on the host.
+
+    Args:
+        firsts: of each segment its number, and row, position and pool index of its first row.
+        counts: how many rows follow each other there, at least one.
+
+    Returns:
+        Segment, row, position and pool index of every row; int64 ``[4, rows]``, contiguous.
+    """
+    repeats = torch.tensor(counts, dtype=torch.int64)
+    rows = torch.tensor(firsts, dtype=torch.int64).reshape(-1, 4).repeat_interleave(repeats, 0)
+    begins = repeats.cumsum(0) - repeats
+    rows[:, 1:3] += (torch.arange(len(rows)) - begins.repeat_interleave(repeats))[:, None]
+    return rows.T.contiguous()
 
 
 def _row_params(req: Req) -> sampling.RowParams:

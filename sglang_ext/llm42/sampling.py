@@ -133,24 +133,45 @@ class SamplingRows:
     params: tuple[RowParams, ...]
 
     @classmethod
-    def from_params(cls, params: Sequence[RowParams], device: torch.device | str = "cpu") -> SamplingRows:
-        """Build from one entry per row; a request with several rows stands there several times."""
-        sampled = [row for row, param in enumerate(params) if not param.greedy]
-        truncated = [index for index, row in enumerate(sampled) if params[row].truncated]
-
-        # Few copies: on a GPU each costs more than what it carries.
-        temperature, top_p, min_p = to_device(
+    def from_params(
+        cls,
+        params: Sequence[RowParams],
+        device: torch.device | str = "cpu",
+        counts: Sequence[int] | None = None,
+    ) -> SamplingRows:
+        """Build from one entry per row or, with ``counts``, from one per ``counts[i]`` rows in sequence."""
+        greedy = [param.greedy for param in params]
+        floats = torch.tensor(
             [
                 # A greedy row's temperature is never used; 1 keeps a division by it harmless.
-                [1.0 if param.greedy else param.temperature for param in params],
+                [1.0 if is_greedy else p.temperature for p, is_greedy in zip(params, greedy, strict=True)],
                 [param.top_p for param in params],
                 [param.min_p for param in params],
             ],
-            device,
-            torch.float32,
+            dtype=torch.float32,
         )
-        top_k, seed = to_device(
-            [[param.top_k for param in params], [param.seed for param in params]], device, torch.int64
+        integers = torch.tensor(
+            [
+                [param.top_k for param in params],
+                [param.seed for param in params],
+                greedy,
+                [not is_greedy and p.truncated for p, is_greedy in zip(params, greedy, strict=True)],
+            ],
+            dtype=torch.int64,
+        )
+        if counts is not None:
+            repeats = torch.tensor(counts, dtype=torch.int64)
+            floats, integers = floats.repeat_interleave(repeats, 1), integers.repeat_interleave(repeats, 1)
+            params = [param for param, count in zip(params, counts, strict=True) for _ in range(count)]
+        rows = len(params)
+        sampled = (integers[2] == 0).nonzero()[:, 0]
+        truncated = integers[3, sampled].nonzero()[:, 0]
+
+        # Few copies: on a GPU each costs more than what it carries.
+        temperature, top_p, min_p = to_device(floats, device)
+        packed = to_device(torch.cat([integers[:3].reshape(-1), sampled, truncated]), device)
+        top_k, seed, is_argmax, sampled_rows, truncated_rows = packed.split(
+            [rows, rows, rows, len(sampled), len(truncated)]
         )
         return cls(
             temperature=temperature,
@@ -158,9 +179,9 @@ class SamplingRows:
             top_p=top_p,
             min_p=min_p,
             seed=seed,
-            greedy=to_device([param.greedy for param in params], device, torch.bool),
-            sampled_rows=to_device(sampled, device, torch.int64),
-            truncated_rows=to_device(truncated, device, torch.int64),
+            greedy=is_argmax.to(torch.bool),
+            sampled_rows=sampled_rows,
+            truncated_rows=truncated_rows,
             params=tuple(params),
         )
 

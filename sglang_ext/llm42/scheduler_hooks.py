@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Requests that a prefill batch passes over at most. SGLang looks each of them up in its prefix cache.
+MAX_PASSED_OVER = 16
+
 _runtime: Runtime | None = None
 _observer: Observer | None = None
 
@@ -113,22 +116,32 @@ def attach_state(result: None, req: Req, *args: Any, **kwargs: Any) -> None:
         req.customized_info = {"llm42": Report(state)}
 
 
-def add_one_req(original: Callable[..., Any], adder: Any, req: Req, *args: Any, **kwargs: Any) -> Any:
+def add_one_req(
+    original: Callable[..., Any], adder: Any, req: Req, has_chunked_req: bool, *args: Any, **kwargs: Any
+) -> Any:
     """Around ``PrefillAdder.add_one_req``: prefill batches are all marked or all unmarked.
 
-    A marked request only takes memory here, so SGLang's limits on computed tokens do not apply to it. An
-    unmarked one may find a canonical prefix.
+    The head of the queue decides which; requests of the other kind are passed over, so that mixed traffic
+    is not cut into a batch of a request or two at every turn. A marked request only takes memory here, so
+    SGLang's limits on computed tokens do not apply to it. An unmarked one may find a canonical prefix.
     """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
     marked = deterministic.of(req) is not None
+    passed_over: list[Req] = vars(adder).setdefault("llm42_passed_over", [])
     if adder.can_run_list and (deterministic.of(adder.can_run_list[0]) is not None) != marked:
-        return AddReqResult.OTHER
+        # While a long prompt of the other kind is computed in parts, the head would be passed over each time.
+        if has_chunked_req or len(passed_over) == MAX_PASSED_OVER:
+            return AddReqResult.OTHER
+        passed_over.append(req)
+        return AddReqResult.CONTINUE
+    if passed_over and req.priority != passed_over[0].priority:
+        return AddReqResult.OTHER  # only equals are passed over
     if not marked:
         runtime().share_prefix(adder, req)
-        return original(adder, req, *args, **kwargs)
+        return original(adder, req, has_chunked_req, *args, **kwargs)
     with _unlimited_tokens(adder):
-        return original(adder, req, *args, **kwargs)
+        return original(adder, req, has_chunked_req, *args, **kwargs)
 
 
 @contextmanager

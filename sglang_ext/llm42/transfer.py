@@ -14,8 +14,13 @@ def to_device(values: Any, device: torch.device | str, dtype: torch.dtype | None
     copy starts from pinned memory, which torch keeps until it has happened.
 
     Args:
-        values: a number or (nested) lists of numbers.
+        values: a number or (nested) lists of numbers, or a tensor on the host.
     """
+    if isinstance(values, torch.Tensor):
+        values = values.to(dtype=dtype)
+        if torch.device(device).type == "cuda":
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
     if torch.device(device).type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
