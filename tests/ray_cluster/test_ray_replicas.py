@@ -39,14 +39,12 @@ def test_ranks_of_one_replica_must_agree_with_those_of_the_others() -> None:
         replicas.compare({"http://a": _info(), "http://b": mixed})
 
 
-def test_the_router_listens_on_loopback_unless_told() -> None:
+def test_the_address_is_on_loopback_unless_told() -> None:
     options, _ = replicas.parse(["--replicas", "2", "--", "--model-path", "m"])
-    command = replicas.router_command(options, ["http://a", "http://b"], None)
+    command = replicas.front_command(options, ["http://a", "http://b"])
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--prometheus-host") + 1] == "127.0.0.1"
-    at = command.index("--worker-urls")
-    assert command[at + 1 : at + 3] == ["http://a", "http://b"] and "--api-key" not in command
-    assert replicas.router_command(options, [], "key")[-2:] == ["--api-key", "key"]
+    at = command.index("sglang_ext.ray.front")
+    assert command[at + 1 : at + 3] == ["http://a", "http://b"]
 
 
 @pytest.mark.parametrize(
