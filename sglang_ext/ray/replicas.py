@@ -242,7 +242,7 @@ def _wait_for_all(urls: Sequence[str], server_args: Any, check: Callable[[], Non
     """
     import requests
 
-    key = server_args.admin_api_key or server_args.api_key
+    key = server_args.api_key  # /server_info is open where only an admin key is set
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     infos: dict[str, Any] = {}
     deadline = time.monotonic() + 2 * server_args.ray_start_timeout
