@@ -295,12 +295,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default=LOOPBACK, help="address to serve on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--policy", choices=POLICIES, default=POLICIES[0])
+    parser.add_argument(
+        "--share-port",
+        action="store_true",
+        help="let further processes of this program serve the same port; the kernel deals out connections",
+    )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format=f"[%(asctime)s] {PROGRAM}: %(message)s")
     front = Front(options.urls, options.policy)
-    # A client that leaves cancels its request, here and so at the replica.
     web.run_app(
-        front.application(), host=options.host, port=options.port, print=None, handler_cancellation=True
+        front.application(),
+        host=options.host,
+        port=options.port,
+        reuse_port=options.share_port,
+        print=None,
+        handler_cancellation=True,  # a client that leaves ends its request at the replica, too
     )
     return 0
 

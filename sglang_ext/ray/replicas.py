@@ -134,10 +134,18 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--host", default=front.LOOPBACK, help="address to serve on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--policy", choices=front.POLICIES, default=front.POLICIES[0])
+    parser.add_argument(
+        "--fronts",
+        type=int,
+        default=1,
+        help="processes that serve the address, each on a core (default: %(default)s)",
+    )
     at = list(argv).index("--") if "--" in argv else len(argv)
     options, behind = parser.parse_args(argv[:at]), list(argv[at + 1 :])
     if options.replicas < 1:
         parser.error(f"--replicas must be at least 1, not {options.replicas}")
+    if options.fronts < 1:
+        parser.error(f"--fronts must be at least 1, not {options.fronts}")
     if not behind:
         parser.error("give the server's flags behind --")
     for flag in behind:
@@ -278,31 +286,37 @@ def compare(infos: dict[str, Any]) -> None:
 
 
 def _route(options: argparse.Namespace, urls: Sequence[str], check: Callable[[], None]) -> NoReturn:
-    """Run the front until it, or a replica, ends.
+    """Run the fronts until one, or a replica, ends.
 
     Raises:
         ReplicaError: saying which.
     """
-    process = subprocess.Popen(front_command(options, urls), process_group=0, preexec_fn=_end_with_parent)
+    command = front_command(options, urls)
+    fronts = [
+        subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent) for _ in range(options.fronts)
+    ]
     print(f"{PROGRAM}: {len(urls)} replicas behind http://{options.host}:{options.port}", flush=True)
     try:
         while True:
-            status = process.poll()
-            if status is not None:
-                raise ReplicaError(f"the front ended with status {status}; its log says why")
+            for process in fronts:
+                if process.poll() is not None:
+                    raise ReplicaError(f"a front ended with status {process.returncode}; its log says why")
             check()
             time.sleep(POLL_S)
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        process.kill()
+        for process in fronts:
+            process.terminate()
+        for process in fronts:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
 
 
 def front_command(options: argparse.Namespace, urls: Sequence[str]) -> list[str]:
     """Command line of the process that serves the address."""
     command = [sys.executable, "-m", "sglang_ext.ray.front", *urls, "--host", options.host]
-    return [*command, "--port", str(options.port), "--policy", options.policy]
+    command += ["--port", str(options.port), "--policy", options.policy]
+    return [*command, "--share-port"] if options.fronts > 1 else command
 
 
 def _refuse(reason: str) -> int:

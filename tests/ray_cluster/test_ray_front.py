@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from aiohttp import ClientError, ClientSession, web
 from aiohttp.test_utils import TestServer
 
@@ -230,6 +236,36 @@ def test_a_client_that_leaves_ends_its_request_at_the_replica() -> None:
             raise AssertionError("the replica still works on it")
 
     asyncio.run(check())
+
+
+def test_several_processes_share_the_port_and_end_on_a_signal() -> None:
+    """The program itself, in front of a server that is not there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "sglang_ext.ray.front", "--port", str(port), "--share-port"]
+    processes = [subprocess.Popen([*command, "http://127.0.0.1:9"]) for _ in range(2)]
+    try:
+        deadline = time.monotonic() + 60
+        while _listening(port) < 2:
+            assert time.monotonic() < deadline and not any(p.poll() for p in processes)
+            time.sleep(0.1)
+        processes[0].terminate()
+        processes[0].wait(20)
+        assert _listening(port) == 1
+        answer = requests.post(f"http://127.0.0.1:{port}/generate", data=BODY, timeout=20)
+        assert answer.status_code == 503 and "no replica answers" in answer.text
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(20)
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+def _listening(port: int) -> int:
+    """Sockets of this machine that listen on the port of 127.0.0.1."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    return sum(f"0100007F:{port:04X}" in line.split()[1] and line.split()[3] == "0A" for line in lines)
 
 
 def test_the_least_busy_replica_and_the_key_decide() -> None:
