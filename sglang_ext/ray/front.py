@@ -273,8 +273,6 @@ async def _answer(
         async for piece in answer.content.iter_any():
             await response.write(piece)
     except ClientError as error:
-        if request.transport is not None:
-            request.transport.abort()
         raise _Cut(f"replica {replica.number}: {error!r}") from error
     await response.write_eof()
     return response

@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -238,28 +238,51 @@ def test_a_client_that_leaves_ends_its_request_at_the_replica() -> None:
     asyncio.run(check())
 
 
-def test_several_processes_share_the_port_and_end_on_a_signal() -> None:
-    """The program itself, in front of a server that is not there."""
+@contextmanager
+def _programs(count: int, *arguments: str) -> Iterator[tuple[int, list[subprocess.Popen[bytes]]]]:
+    """The program itself, several times on one port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sglang_ext.ray.front", "--port", str(port), "--share-port"]
-    processes = [subprocess.Popen([*command, "http://127.0.0.1:9"]) for _ in range(2)]
+    command = [sys.executable, "-m", "sglang_ext.ray.front", "--port", str(port), "--share-port", *arguments]
+    processes = [subprocess.Popen(command) for _ in range(count)]
     try:
         deadline = time.monotonic() + 60
-        while _listening(port) < 2:
-            assert time.monotonic() < deadline and not any(p.poll() for p in processes)
+        while _listening(port) < count:
+            assert time.monotonic() < deadline and not any(process.poll() for process in processes)
             time.sleep(0.1)
+        yield port, processes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(20)
+    assert [process.returncode for process in processes] == [0] * count
+
+
+def test_several_processes_share_the_port_and_end_on_a_signal() -> None:
+    with _programs(2, "http://127.0.0.1:9") as (port, processes):
         processes[0].terminate()
         processes[0].wait(20)
         assert _listening(port) == 1
         answer = requests.post(f"http://127.0.0.1:{port}/generate", data=BODY, timeout=20)
         assert answer.status_code == 503 and "no replica answers" in answer.text
-    finally:
-        for process in processes:
-            process.terminate()
-            process.wait(20)
-    assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_the_program_ends_requests_of_clients_that_leave() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        with _programs(1, f"http://127.0.0.1:{listener.getsockname()[1]}") as (port, _):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+                while True:  # looks come, too, and get no answer
+                    connection, _address = listener.accept()
+                    connection.settimeout(20)
+                    if connection.recv(65536).startswith(b"POST /generate"):
+                        break
+            connection.settimeout(3)  # less than it takes to find the server lost
+            while connection.recv(65536):
+                pass
+            connection.close()
 
 
 def _listening(port: int) -> int:
