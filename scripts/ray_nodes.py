@@ -95,16 +95,22 @@ def why_no_namespaces() -> str | None:
 
 
 class Namespaces:
-    """Nodes in network namespaces on a bridge: node ``i`` has the address ``10.77.0.(i+1)``."""
+    """Nodes in network namespaces on a bridge: node ``i`` has the address ``10.77.0.(i+1)``.
+
+    Args:
+        logs: not used; Ray's logs are in the hosts' own folders.
+        dashboard: whether the head has Ray's dashboard, which takes jobs, on its loopback, port 8265.
+    """
 
     kind = "network namespaces"
     NETWORK = "10.77.0"
     GATEWAY = "10.77.0.254"
     PORT = 6379
 
-    def __init__(self, logs: Path) -> None:
+    def __init__(self, logs: Path, dashboard: bool = False) -> None:
         if reason := why_no_namespaces():
             raise NodesError(reason)
+        self._dashboard = dashboard
         self._tag = f"se{os.getpid() % 100000}"
         self._logs = logs
         self._holders: dict[int, subprocess.Popen[bytes]] = {}
@@ -125,7 +131,7 @@ class Namespaces:
         node = self._count
         self._count += 1
         self._make_host(node)
-        role = ["--head", "--port", str(self.PORT), "--include-dashboard=false"]
+        role = ["--head", "--port", str(self.PORT), f"--include-dashboard={self._dashboard}"]
         role += ["--system-config", HEALTH_CHECKS]
         if node:
             role = ["--address", self.address]

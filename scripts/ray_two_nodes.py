@@ -3,8 +3,8 @@
     python scripts/ray_two_nodes.py                 network namespaces, else Ray's fake cluster
     python scripts/ray_two_nodes.py --report docs/reports/ray-two-nodes.md
 
-TP=2 over gloo on the CPU, a random Llama in which a rounding difference soon becomes another token. Ends with
-status 1 if an output differs or a failure case does not end as it should.
+TP=2 over gloo on the CPU with LLM-42 and TokenWeave, a random Llama in which a rounding difference soon
+becomes another token. Ends with status 1 if an output differs or a failure case does not end as it should.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 FLAGS = ("--tp-size", "2", "--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-batch-size", "4")
 FLAGS += ("--max-total-tokens", "8192", "--skip-tokenizer-init", "--skip-server-warmup")
-ON_RAY = (*FLAGS, "--use-ray", "--nnodes", "2", "--ray-on-failure", "restart")
+TOKENWEAVE = ("--enable-tokenweave", "--tokenweave-min-tokens", "16")
+ON_RAY = ("--use-ray", "--nnodes", "2", "--ray-on-failure", "restart")
+
+#: What every rank with TokenWeave says when its canonical passes are cut.
+WOVEN = "TokenWeave: canonical passes of 4 x 16 rows run as two halves"
 
 
 class CheckError(RuntimeError):
@@ -187,12 +191,16 @@ LONG: dict[str, object] = {
 class Check:
     """The check and what it found."""
 
-    def __init__(self, nodes_class: Callable[[Path], Nodes], folder: Path, cases: Sequence[str]) -> None:
+    def __init__(
+        self, nodes_class: Callable[[Path], Nodes], folder: Path, cases: Sequence[str], tokenweave: bool
+    ) -> None:
         from models import write_tiny_llama
 
         self._nodes_class = nodes_class
         self._folder = folder
         self._cases = cases
+        self._tokenweave = tokenweave
+        self._flags = (*FLAGS, *TOKENWEAVE) if tokenweave else FLAGS
         self._last = 1  # the newest node
         self._starts = 0
         self.rows: list[tuple[str, str, str, str]] = []
@@ -213,7 +221,7 @@ class Check:
         nodes = self._nodes_class(self._folder)
         try:
             nodes.add()
-            with serving(self._server(ON_RAY, nodes)) as server:
+            with serving(self._server((*self._flags, *ON_RAY), nodes)) as server:
                 self._two_nodes(server)
                 for case in self._cases:
                     self._fail(case, server, nodes)
@@ -229,7 +237,7 @@ class Check:
 
     def _one_node(self) -> None:
         say("One node, without Ray")
-        with serving(self._server(FLAGS)) as server:
+        with serving(self._server(self._flags)) as server:
             self.facts["start, one node"] = f"{server.wait_until_ready():.0f} s"
             start = time.monotonic()
             self.expected = server.outputs(self.bodies)
@@ -241,6 +249,8 @@ class Check:
     def _two_nodes(self, server: Server) -> None:
         say("Two nodes")
         self.facts["start, two nodes"] = f"{server.wait_until_ready():.0f} s"
+        if self._tokenweave and WOVEN not in server.log.read_text(errors="replace"):
+            raise CheckError("no rank says that its canonical passes are woven")
         start = time.monotonic()
         same = self._compare(server, "two nodes")
         self.facts["64 requests, two nodes"] = f"{time.monotonic() - start:.1f} s"
@@ -320,8 +330,9 @@ class Check:
                 "# Two Ray nodes on one machine",
                 "",
                 f"`python scripts/ray_two_nodes.py`, nodes: {kind}. TP=2 over gloo, LLM-42 with W=16,",
-                f"G=4, a random Llama with 4 layers; {PROMPTS} deterministic prompts, {NEW_TOKENS} new",
-                "tokens each, 16 at once, against the outputs of a server without Ray on one node.",
+                f"G=4, TokenWeave {'on' if self._tokenweave else 'off'}, a random Llama with 4 layers;",
+                f"{PROMPTS} deterministic prompts, {NEW_TOKENS} new tokens each, 16 at once,",
+                "against the outputs of a server without Ray on one node.",
                 "",
                 table(header, self.rows),
                 "",
@@ -340,6 +351,7 @@ def main() -> int:
     )
     parser.add_argument("--nodes", choices=("auto", "namespaces", "fake"), default="auto")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="what is lost, in turn")
+    parser.add_argument("--without-tokenweave", action="store_true")
     parser.add_argument("--report", type=Path, help="Markdown file to write")
     options = parser.parse_args()
     reason = why_no_namespaces()
@@ -352,7 +364,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     folder = Path(tempfile.mkdtemp(prefix="sglang_ext_ray_"))
     say(f"Logs: {folder}")
-    check = Check(nodes_class, folder, options.cases)
+    check = Check(nodes_class, folder, options.cases, not options.without_tokenweave)
     try:
         check.run()
     except (CheckError, NodesError) as error:

@@ -58,4 +58,11 @@ HOOKS: tuple[Hook, ...] = (
         Feature.RAY_RANK,
         "SchedulerActor sets a CUDA device on CPU nodes, too",
     ),
+    Hook(
+        "torch.distributed.rendezvous._create_c10d_store",
+        Kind.AROUND,
+        "sglang_ext.ray.rendezvous:create_store",
+        Feature.RAY_RANK,
+        "the store where ranks meet listens on all interfaces",
+    ),
 )

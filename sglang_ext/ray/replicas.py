@@ -3,16 +3,15 @@
     python -m sglang_ext.ray.replicas --replicas 4 --port 30000 -- --model-path ... --tp-size 8 --enable-llm42
 
 What stands behind ``--`` is the command line of ``sglang_ext.launch_server`` for each replica. Requests are
-distributed by SGLang's own router (package ``sglang-router``). Replicas are compared before the address
-opens: same versions, configuration and canonical fingerprint, so a deterministic request gets the same output
-from any of them, also when the router tries a second one because the first was lost.
+distributed by :mod:`sglang_ext.ray.front`. Replicas are compared before the address opens: same versions,
+configuration and canonical fingerprint, so a deterministic request gets the same output from any of them,
+also when a second one is tried because the first was lost.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import signal
 import subprocess
@@ -23,8 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang_ext.ray import agreement, cluster, placement
-from sglang_ext.ray.requirements import RESTART, RaySettings, world_size
+from sglang_ext.ray import agreement, cluster, front, placement
+from sglang_ext.ray.requirements import NOT_INSTALLED, RESTART, RaySettings, ray_is_installed, world_size
 from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_USAGE
 
 if TYPE_CHECKING:
@@ -32,18 +31,11 @@ if TYPE_CHECKING:
 
 PROGRAM = "sglang_ext.ray.replicas"
 
-LOOPBACK = "127.0.0.1"
-
-#: Policies of the router that need nothing but the replicas' addresses.
-POLICIES = ("cache_aware", "round_robin", "random", "power_of_two")
-
 #: Flags that each replica gets from here.
 OURS = ("--host", "--port", "--use-ray", "--ray-placement-group", "--ray-namespace", "--ray-on-failure")
 
 #: Seconds between looks at the replicas.
 POLL_S = 2.0
-
-NO_ROUTER = f"{PROGRAM} needs SGLang's router, which is not installed: pip install sglang-router."
 
 
 class ReplicaError(RuntimeError):
@@ -105,10 +97,10 @@ def _end_with_parent() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted, or until a replica or the router ends for good."""
+    """Serve until interrupted, or until a replica or the front ends for good."""
     options, server_flags = parse(sys.argv[1:] if argv is None else argv)
-    if importlib.util.find_spec("sglang_router") is None:
-        return _refuse(NO_ROUTER)
+    if not ray_is_installed():
+        return _refuse(NOT_INSTALLED)
     from sglang_ext import launch_server
     from sglang_ext.hooks import HookError
 
@@ -121,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cluster.connect(_settings(server_args), server_args.nnodes)
         with _replicas(options, server_flags, server_args) as (urls, check):
-            _route(options, server_args, urls, check)
+            _route(options, urls, check)
     except (cluster.ClusterError, placement.PlacementError, agreement.Disagreement, ReplicaError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_NOT_STARTED
@@ -139,13 +131,21 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     parser = argparse.ArgumentParser(PROGRAM, usage="%(prog)s [OPTIONS] -- FLAGS OF sglang_ext.launch_server")
     parser.add_argument("--replicas", type=int, required=True)
-    parser.add_argument("--host", default=LOOPBACK, help="address to serve on (default: %(default)s)")
+    parser.add_argument("--host", default=front.LOOPBACK, help="address to serve on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=30000)
-    parser.add_argument("--policy", choices=POLICIES, default=POLICIES[0])
+    parser.add_argument("--policy", choices=front.POLICIES, default=front.POLICIES[0])
+    parser.add_argument(
+        "--fronts",
+        type=int,
+        default=1,
+        help="processes that serve the address, each on a core (default: %(default)s)",
+    )
     at = list(argv).index("--") if "--" in argv else len(argv)
     options, behind = parser.parse_args(argv[:at]), list(argv[at + 1 :])
     if options.replicas < 1:
         parser.error(f"--replicas must be at least 1, not {options.replicas}")
+    if options.fronts < 1:
+        parser.error(f"--fronts must be at least 1, not {options.fronts}")
     if not behind:
         parser.error("give the server's flags behind --")
     for flag in behind:
@@ -250,7 +250,7 @@ def _wait_for_all(urls: Sequence[str], server_args: Any, check: Callable[[], Non
     """
     import requests
 
-    key = server_args.admin_api_key or server_args.api_key
+    key = server_args.api_key  # /server_info is open where only an admin key is set
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     infos: dict[str, Any] = {}
     deadline = time.monotonic() + 2 * server_args.ray_start_timeout
@@ -285,38 +285,38 @@ def compare(infos: dict[str, Any]) -> None:
     agreement.require(reports, "replicas")
 
 
-def _route(
-    options: argparse.Namespace, server_args: Any, urls: Sequence[str], check: Callable[[], None]
-) -> NoReturn:
-    """Run the router until it, or a replica, ends.
+def _route(options: argparse.Namespace, urls: Sequence[str], check: Callable[[], None]) -> NoReturn:
+    """Run the fronts until one, or a replica, ends.
 
     Raises:
         ReplicaError: saying which.
     """
-    command = router_command(options, urls, server_args.api_key)
-    router = subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent)
+    command = front_command(options, urls)
+    fronts = [
+        subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent) for _ in range(options.fronts)
+    ]
     print(f"{PROGRAM}: {len(urls)} replicas behind http://{options.host}:{options.port}", flush=True)
     try:
         while True:
-            status = router.poll()
-            if status is not None:
-                raise ReplicaError(f"the router ended with status {status}")
+            for process in fronts:
+                if process.poll() is not None:
+                    raise ReplicaError(f"a front ended with status {process.returncode}; its log says why")
             check()
             time.sleep(POLL_S)
     finally:
-        router.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            router.wait(10)
-        router.kill()
+        for process in fronts:
+            process.terminate()
+        for process in fronts:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
 
 
-def router_command(options: argparse.Namespace, urls: Sequence[str], api_key: str | None) -> list[str]:
-    """Command line of SGLang's router."""
-    command = [sys.executable, "-m", "sglang_router.launch_router", "--worker-urls", *urls]
-    command += ["--host", options.host, "--port", str(options.port), "--policy", options.policy]
-    # Its metrics listen on all interfaces by default.
-    command += ["--prometheus-host", LOOPBACK]
-    return [*command, "--api-key", api_key] if api_key else command
+def front_command(options: argparse.Namespace, urls: Sequence[str]) -> list[str]:
+    """Command line of the process that serves the address."""
+    command = [sys.executable, "-m", "sglang_ext.ray.front", *urls, "--host", options.host]
+    command += ["--port", str(options.port), "--policy", options.policy]
+    return [*command, "--share-port"] if options.fronts > 1 else command
 
 
 def _refuse(reason: str) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
-from live_server import SabotagedServer, Server, StartServer, running
+from live_server import Output, SabotagedServer, Server, StartServer, running
 from models import make_tokenizer, write_tiny_llama
+from ray_nodes import FakeNodes, Namespaces, Nodes, why_no_namespaces
+from ray_servers import FLAGS as RAY_FLAGS
+from ray_servers import SUBJECTS
 from tokenizers import Regex, pre_tokenizers
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY
 
@@ -78,3 +82,47 @@ def sabotaged_server(random_llama: Path, logs: Path) -> Iterator[SabotagedServer
     server = SabotagedServer(random_llama, logs / "sabotaged.log", flags, ONE_THREAD)
     with running(server):
         yield server
+
+
+@pytest.fixture(scope="session")
+def expected(random_llama: Path, logs: Path) -> list[Output]:
+    """Outputs of ``ray_servers.SUBJECTS``, one after the other, from the server without Ray."""
+    with running(Server(random_llama, logs / "single.log", RAY_FLAGS, ONE_THREAD)) as server:
+        outputs = [server.generate(request) for request in SUBJECTS]
+    assert len({output.token_ids for output in outputs}) == len(SUBJECTS)
+    return outputs
+
+
+_Nodes = TypeVar("_Nodes", bound=Nodes)
+
+
+@contextmanager
+def _stopping(nodes: _Nodes) -> Iterator[_Nodes]:
+    try:
+        yield nodes
+    finally:
+        nodes.stop()
+
+
+@pytest.fixture(scope="module")
+def fake(logs: Path) -> Iterator[FakeNodes]:
+    """Two nodes of Ray's fake cluster."""
+    with _stopping(FakeNodes(logs)) as nodes:
+        nodes.add()
+        yield nodes
+
+
+@pytest.fixture
+def hosts(logs: Path) -> Iterator[Namespaces]:
+    """Two hosts in network namespaces; the head has Ray's dashboard."""
+    if reason := why_no_namespaces():
+        pytest.skip(reason)
+    with _stopping(Namespaces(logs, dashboard=True)) as nodes:
+        nodes.add()
+        yield nodes
+
+
+@pytest.fixture
+def nodes(request: pytest.FixtureRequest) -> Nodes:
+    """Two hosts in network namespaces, or nodes of the fake cluster where they cannot be made."""
+    return request.getfixturevalue("fake" if why_no_namespaces() else "hosts")

@@ -39,14 +39,14 @@ def test_ranks_of_one_replica_must_agree_with_those_of_the_others() -> None:
         replicas.compare({"http://a": _info(), "http://b": mixed})
 
 
-def test_the_router_listens_on_loopback_unless_told() -> None:
+def test_the_address_is_on_loopback_unless_told() -> None:
     options, _ = replicas.parse(["--replicas", "2", "--", "--model-path", "m"])
-    command = replicas.router_command(options, ["http://a", "http://b"], None)
+    command = replicas.front_command(options, ["http://a", "http://b"])
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--prometheus-host") + 1] == "127.0.0.1"
-    at = command.index("--worker-urls")
-    assert command[at + 1 : at + 3] == ["http://a", "http://b"] and "--api-key" not in command
-    assert replicas.router_command(options, [], "key")[-2:] == ["--api-key", "key"]
+    at = command.index("sglang_ext.ray.front")
+    assert command[at + 1 : at + 3] == ["http://a", "http://b"] and "--share-port" not in command
+    options, _ = replicas.parse(["--replicas", "2", "--fronts", "3", "--", "--model-path", "m"])
+    assert "--share-port" in replicas.front_command(options, ["http://a"])
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,7 @@ def test_the_router_listens_on_loopback_unless_told() -> None:
     [
         (["--", "--model-path", "m"], "--replicas"),
         (["--replicas", "0", "--", "--model-path", "m"], "--replicas must be at least 1"),
+        (["--replicas", "2", "--fronts", "0", "--", "--model-path", "m"], "--fronts must be at least 1"),
         (["--replicas", "2"], "behind --"),
         (["--replicas", "2", "--", "--port", "1"], "--port is chosen"),
         (["--replicas", "2", "--", "--host=0.0.0.0"], "--host is chosen"),

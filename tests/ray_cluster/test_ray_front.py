@@ -1,0 +1,329 @@
+"""One address in front of replicas: bytes pass unchanged, lost replicas are left out, others answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from aiohttp import ClientError, ClientSession, web
+from aiohttp.test_utils import TestServer
+
+from sglang_ext.ray import front as fronts
+from sglang_ext.ray.front import LEAST_REQUESTS, REPLICA, ROUND_ROBIN, ROUTING_KEY, Front
+
+#: As clients write it: spaces, order and unknown fields are kept.
+BODY = b'{"input_ids": [1,2],  "sampling_params":{"is_deterministic":true,"sampling_seed":3},"x":1}'
+
+
+class Backend:
+    """A replica that answers with what it got; ``answer`` may be replaced."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, bytes, str | None]] = []
+        self.answer: Callable[[web.Request], Awaitable[web.StreamResponse]] = self.echo
+        self.alive = True
+        self.left = 0
+
+    async def echo(self, request: web.Request) -> web.StreamResponse:
+        return web.Response(body=await request.read(), headers={"X-Of-Server": "y"})
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.seen.append((request.path_qs, await request.read(), request.headers.get("Authorization")))
+        try:
+            return await self.answer(request)
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+
+    async def model_info(self, request: web.Request) -> web.Response:
+        if not self.alive:
+            await asyncio.sleep(60)
+        return web.json_response({})
+
+
+Setup = tuple[Front, list[Backend], list[TestServer], TestServer, ClientSession]
+
+
+@asynccontextmanager
+async def _setup(count: int = 2, policy: str = LEAST_REQUESTS) -> AsyncIterator[Setup]:
+    async with AsyncExitStack() as stack:
+        backends, servers = [Backend() for _ in range(count)], []
+        for backend in backends:
+            app = web.Application()
+            app.router.add_get("/model_info", backend.model_info)
+            app.router.add_route("*", "/{path:.*}", backend.handle)
+            servers.append(await stack.enter_async_context(TestServer(app, handler_cancellation=True)))
+            await servers[-1].start_server()
+        front = Front([str(server.make_url("")) for server in servers], policy)
+        address = await stack.enter_async_context(TestServer(front.application()))
+        await address.start_server(handler_cancellation=True)
+        client = await stack.enter_async_context(ClientSession())
+        yield front, backends, servers, address, client
+
+
+async def _post(
+    address: TestServer, client: ClientSession, path: str = "/generate", **headers: str
+) -> tuple[int, bytes, str | None]:
+    async with client.post(address.make_url(path), data=BODY, headers=headers) as answer:
+        return answer.status, await answer.read(), answer.headers.get(REPLICA)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_requests_and_answers_pass_byte_for_byte(path: str) -> None:
+    async def check() -> None:
+        async with _setup(1) as (_, (backend,), _, address, client):
+            headers = {"Authorization": "Bearer key", "Content-Type": "application/json"}
+            async with client.post(address.make_url(f"{path}?a=b"), data=BODY, headers=headers) as answer:
+                assert (answer.status, await answer.read()) == (200, BODY)
+                assert answer.headers["X-Of-Server"] == "y"
+            assert backend.seen == [(f"{path}?a=b", BODY, "Bearer key")]
+
+    asyncio.run(check())
+
+
+def test_refusals_of_a_replica_reach_the_client() -> None:
+    async def refuse(request: web.Request) -> web.Response:
+        return web.json_response({"error": "Unauthorized"}, status=401)
+
+    async def check() -> None:
+        async with _setup(2) as (_, backends, _, address, client):
+            for backend in backends:
+                backend.answer = refuse
+            assert (await _post(address, client))[0] == 401
+            async with client.get(address.make_url("/llm42_stats")) as answer:
+                assert answer.status == 401
+            assert sum(len(backend.seen) for backend in backends) == 2
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "path", ["/flush_cache", "/update_weights_from_disk", "/reset_llm42_stats", "/load_lora_adapter", "/"]
+)
+def test_what_changes_one_replica_is_not_passed_on(path: str) -> None:
+    async def check() -> None:
+        async with _setup(1) as (_, (backend,), _, address, client):
+            assert (await _post(address, client, path))[0] == 404
+            assert not backend.seen
+
+    asyncio.run(check())
+
+
+def test_a_gone_replica_is_left_out_and_comes_back() -> None:
+    async def check() -> None:
+        async with _setup(2, ROUND_ROBIN) as (front, _, servers, address, client):
+            port = servers[0].port
+            await servers[0].close()
+            for _ in range(3):
+                assert (await _post(address, client))[0::2] == (200, "1")
+            for _ in range(fronts.LOOKS):
+                await front.replicas[0].look()
+            assert [replica.up for replica in front.replicas] == [False, True]
+            async with client.get(address.make_url("/health")) as answer:
+                assert (answer.status, await answer.json()) == (200, {"replicas": 2, "up": 1})
+            app = web.Application()
+            backend = Backend()
+            app.router.add_route("*", "/{path:.*}", backend.handle)
+            async with TestServer(app, port=port):
+                await front.replicas[0].look()
+                assert front.replicas[0].up
+                assert {(await _post(address, client))[2] for _ in range(4)} == {"0", "1"}
+
+    asyncio.run(check())
+
+
+def test_without_a_replica_there_is_a_503_soon() -> None:
+    async def check() -> None:
+        async with _setup(1) as (front, _, servers, address, client):
+            await servers[0].close()
+            assert (await asyncio.wait_for(_post(address, client), 10))[0] == 503
+            for _ in range(fronts.LOOKS):
+                await front.replicas[0].look()
+            async with client.get(address.make_url("/health")) as answer:
+                assert answer.status == 503
+            assert (await _post(address, client))[0] == 503
+
+    asyncio.run(check())
+
+
+def test_a_503_goes_to_another_replica_and_that_of_the_last_to_the_client() -> None:
+    async def unavailable(request: web.Request) -> web.Response:
+        return web.Response(status=503, text="a rank of this server was lost")
+
+    async def check() -> None:
+        async with _setup(2) as (_, backends, _, address, client):
+            backends[0].answer = unavailable
+            assert {(await _post(address, client))[0::2] for _ in range(4)} == {(200, "1")}
+            backends[1].answer = unavailable
+            assert (await _post(address, client))[:2] == (503, b"a rank of this server was lost")
+
+    asyncio.run(check())
+
+
+def test_a_replica_that_falls_silent_is_lost_with_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a cut cable: no connection is refused, nothing is answered."""
+    monkeypatch.setattr(fronts, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(fronts, "LOOK_TIMEOUT_S", 0.2)
+
+    async def hang(request: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async def check() -> None:
+        async with _setup(2, ROUND_ROBIN) as (front, backends, _, address, client):
+            backends[0].answer, backends[0].alive = hang, False
+            answers = await asyncio.wait_for(asyncio.gather(*[_post(address, client) for _ in range(4)]), 20)
+            assert {answer[0::2] for answer in answers} == {(200, "1")}
+            assert len(backends[0].seen) == 2 and not front.replicas[0].up
+            assert [replica.in_flight for replica in front.replicas] == [0, 0]
+
+    asyncio.run(check())
+
+
+def test_a_stream_passes_as_it_comes_and_a_cut_one_is_seen_to_be_cut() -> None:
+    more, cut = asyncio.Event(), asyncio.Event()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await more.wait()
+        await response.write(b"data: 2\n\n")
+        if cut.is_set():
+            assert request.transport is not None
+            request.transport.abort()
+        await response.write_eof()
+        return response
+
+    async def check() -> None:
+        async with _setup(1) as (_, (backend,), _, address, client):
+            backend.answer = stream
+            async with client.post(address.make_url("/generate"), data=BODY) as answer:
+                assert await asyncio.wait_for(answer.content.readany(), 10) == b"data: 1\n\n"
+                more.set()
+                assert await answer.content.read() == b"data: 2\n\n"
+            cut.set()
+            with pytest.raises(ClientError):
+                await _post(address, client)
+
+    asyncio.run(check())
+
+
+def test_a_client_that_leaves_ends_its_request_at_the_replica() -> None:
+    async def hang(request: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        return web.Response()
+
+    async def check() -> None:
+        async with _setup(1) as (front, (backend,), _, address, client):
+            backend.answer = hang
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(_post(address, client), 0.5)
+            for _ in range(100):
+                if backend.left and not front.replicas[0].in_flight:
+                    return
+                await asyncio.sleep(0.05)
+            raise AssertionError("the replica still works on it")
+
+    asyncio.run(check())
+
+
+@contextmanager
+def _programs(count: int, *arguments: str) -> Iterator[tuple[int, list[subprocess.Popen[bytes]]]]:
+    """The program itself, several times on one port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "sglang_ext.ray.front", "--port", str(port), "--share-port", *arguments]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        deadline = time.monotonic() + 60
+        while _listening(port) < count:
+            assert time.monotonic() < deadline and not any(process.poll() for process in processes)
+            time.sleep(0.1)
+        yield port, processes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.wait(20)
+    assert [process.returncode for process in processes] == [0] * count
+
+
+def test_several_processes_share_the_port_and_end_on_a_signal() -> None:
+    with _programs(2, "http://127.0.0.1:9") as (port, processes):
+        processes[0].terminate()
+        processes[0].wait(20)
+        assert _listening(port) == 1
+        answer = requests.post(f"http://127.0.0.1:{port}/generate", data=BODY, timeout=20)
+        assert answer.status_code == 503 and "no replica answers" in answer.text
+
+
+def test_the_program_ends_requests_of_clients_that_leave() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        with _programs(1, f"http://127.0.0.1:{listener.getsockname()[1]}") as (port, _):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+                while True:  # looks come, too, and get no answer
+                    connection, _address = listener.accept()
+                    connection.settimeout(20)
+                    if connection.recv(65536).startswith(b"POST /generate"):
+                        break
+            connection.settimeout(3)  # less than it takes to find the server lost
+            while connection.recv(65536):
+                pass
+            connection.close()
+
+
+def _listening(port: int) -> int:
+    """Sockets of this machine that listen on the port of 127.0.0.1."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    return sum(f"0100007F:{port:04X}" in line.split()[1] and line.split()[3] == "0A" for line in lines)
+
+
+def test_the_least_busy_replica_and_the_key_decide() -> None:
+    front = Front(["http://a", "http://b", "http://c"])
+    front.replicas[0].in_flight = front.replicas[2].in_flight = 1
+    assert {front.in_order()[0].number for _ in range(6)} == {1}
+    orders = {key: [r.number for r in front.in_order(key)] for key in map(str, range(50))}
+    assert {order[0] for order in orders.values()} == {0, 1, 2}
+    front.replicas[1].up = False
+    for key, order in orders.items():
+        assert [r.number for r in front.in_order(key)] == [number for number in order if number != 1]
+
+
+def test_the_key_is_read_from_the_header() -> None:
+    async def check() -> None:
+        async with _setup(3, ROUND_ROBIN) as (_, _, _, address, client):
+            chosen = {(await _post(address, client, **{ROUTING_KEY: "session 1"}))[2] for _ in range(6)}
+            assert len(chosen) == 1
+            assert len({(await _post(address, client))[2] for _ in range(6)}) == 3
+
+    asyncio.run(check())
+
+
+def test_statistics_of_all_replicas() -> None:
+    async def statistics(request: web.Request) -> web.Response:
+        value: dict[str, Any] = {"dp_0": {"decode_steps": int(request.headers["Authorization"])}}
+        return web.json_response(value)
+
+    async def check() -> None:
+        async with _setup(2) as (_, backends, _, address, client):
+            for backend in backends:
+                backend.answer = statistics
+            headers = {"Authorization": "7"}
+            async with client.get(address.make_url("/llm42_stats"), headers=headers) as answer:
+                expected = {f"replica_{i}": {"dp_0": {"decode_steps": 7}} for i in range(2)}
+                assert json.loads(await answer.read()) == expected
+
+    asyncio.run(check())
