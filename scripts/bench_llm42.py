@@ -247,18 +247,8 @@ def run_offline(server: Server, work: Sequence[Request], marked: Sequence[bool])
         "input_ids": [request.ids for request in work],
         "sampling_params": [_sampling(*item) for item in zip(work, marked, strict=True)],
     }
-    payload = json.dumps(body)
-    start = time.perf_counter()
-    reply = requests.post(
-        f"{server.client.url}/generate",
-        data=payload,
-        headers={"Content-Type": "application/json"},
-        timeout=serving.REQUEST_TIMEOUT_S,
-    )
-    seconds = time.perf_counter() - start
-    if reply.status_code != 200:
-        raise ServingError(f"POST /generate: {reply.status_code} {reply.text[:500]}")
-    return seconds, [_checked(*item) for item in zip(work, reply.json(), strict=True)]
+    seconds, answers = server.client.generate_batch(body)
+    return seconds, [_checked(*item) for item in zip(work, answers, strict=True)]
 
 
 async def run_online(

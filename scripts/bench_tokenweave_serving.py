@@ -119,18 +119,8 @@ def run(server: Server, load: Load, seed: int) -> float:
         for _ in range(load.requests)
     ]
     sampling = {"temperature": 0.0, "max_new_tokens": load.answer, "ignore_eos": True}
-    payload = json.dumps({"input_ids": prompts, "sampling_params": sampling})
-    began = time.perf_counter()
-    reply = requests.post(
-        f"{server.client.url}/generate",
-        data=payload,
-        headers={"Content-Type": "application/json"},
-        timeout=serving.REQUEST_TIMEOUT_S,
-    )
-    seconds = time.perf_counter() - began
-    if reply.status_code != 200:
-        raise ServingError(f"POST /generate: {reply.status_code} {reply.text[:500]}")
-    for answer in reply.json():
+    seconds, answers = server.client.generate_batch({"input_ids": prompts, "sampling_params": sampling})
+    for answer in answers:
         if len(answer["output_ids"]) != load.answer:
             raise ServingError(f"asked for {load.answer} tokens: {answer['meta_info']}")
     return seconds

@@ -128,6 +128,25 @@ class Client:
             meta={name: meta[name] for name in self.META if name in meta},
         )
 
+    def generate_batch(self, body: Mapping[str, Any]) -> tuple[float, list[dict[str, Any]]]:
+        """Send many prompts in one ``POST /generate``; seconds until all answers are there, and these.
+
+        Raises:
+            ServingError: it was refused.
+        """
+        payload = json.dumps(body)
+        start = time.perf_counter()
+        reply = requests.post(
+            f"{self.url}/generate",
+            data=payload,
+            headers={"Content-Type": "application/json"},
+            timeout=REQUEST_TIMEOUT_S,
+        )
+        seconds = time.perf_counter() - start
+        if reply.status_code != 200:
+            raise ServingError(f"POST /generate: {reply.status_code} {reply.text[:500]}")
+        return seconds, reply.json()
+
     def flush_cache(self) -> None:
         """Empty the prefix cache; the server refuses while requests are running, so try for a while.
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from crowds import VOCABULARY, check_crowds, run
 from models import write_tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
-VOCABULARY, NEW_TOKENS, SUBJECTS = 2048, 96, 12
 WATCH = Path(__file__).parent / "sync_plugin"
 
 
@@ -83,53 +82,13 @@ def engine(request: pytest.FixtureRequest, model: Path, watch_file: Path) -> Ite
             os.environ[name] = value
 
 
-def _prompt(seed: int) -> list[int]:
-    choice = random.Random(seed)
-    return [choice.randrange(2, VOCABULARY) for _ in range(choice.randint(5, 200))]
-
-
-def _sampling(index: int, marked: bool) -> dict[str, Any]:
-    params: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    if index % 2:
-        params |= {"temperature": 0.8, "top_p": 0.95 if index % 4 == 3 else 1.0, "sampling_seed": index}
-    else:
-        params |= {"temperature": 0.0}
-    return {**params, "is_deterministic": True} if marked else params
-
-
-def _run(engine: Any, work: list[tuple[int, bool]]) -> list[dict[str, Any]]:
-    """Outputs of (number of the request, whether it is marked)."""
-    outputs = engine.generate(
-        input_ids=[_prompt(number) for number, _ in work],
-        sampling_params=[_sampling(*item) for item in work],
-    )
-    assert len(outputs) == len(work)
-    assert all(len(output["output_ids"]) == NEW_TOKENS for output in outputs)
-    return list(outputs)
-
-
 def test_marked_output_is_the_same_alone_and_in_crowds(engine: Any) -> None:
-    alone = [_run(engine, [(number, True)])[0]["output_ids"] for number in range(SUBJECTS)]
-    assert len({tuple(ids) for ids in alone}) == SUBJECTS
-    rollbacks = compared = 0
-    for crowd in range(4):
-        choice = random.Random(crowd)
-        others = [(100 + crowd * 100 + i, choice.random() < 0.5) for i in range(10 + 25 * crowd)]
-        work = [*((number, True) for number in range(SUBJECTS)), *others]
-        choice.shuffle(work)
-        engine.flush_cache()
-        for (number, _), output in zip(work, _run(engine, work), strict=True):
-            if number < SUBJECTS:
-                assert output["output_ids"] == alone[number], (crowd, number)
-                rollbacks += output["meta_info"]["llm42_num_rollbacks"]
-                compared += 1
-    assert compared == 4 * SUBJECTS
-    assert rollbacks > 0, "nothing diverged, so nothing was shown"
+    check_crowds(engine, crowds=4)
 
 
 def test_a_step_that_consumes_nothing_waits_for_nothing(engine: Any, watch_file: Path) -> None:
     watch_file.unlink(missing_ok=True)
-    _run(engine, [(number, number % 3 != 0) for number in range(30)])
+    run(engine, [(number, number % 3 != 0) for number in range(30)])
     totals = json.loads(watch_file.read_text())
     assert totals["passes"] > 5 and totals["consuming_steps"] > 5
     if engine.kind == "beside":

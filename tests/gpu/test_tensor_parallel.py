@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from crowds import VOCABULARY, check_crowds, prompt
 from models import write_tiny_llama
 
 pytestmark = [pytest.mark.multigpu, pytest.mark.engine]
 
-VOCABULARY, NEW_TOKENS, SUBJECTS = 2048, 64, 12
 PROMPTS = (700, 1023, 1600)
 
 #: The largest power of two of this machine's GPUs, at most 4.
@@ -60,27 +59,6 @@ def _engine(model: Path, **flags: Any) -> Iterator[Any]:
         engine.shutdown()
 
 
-def _prompt(seed: int, length: int | None = None) -> list[int]:
-    choice = random.Random(seed)
-    return [choice.randrange(2, VOCABULARY) for _ in range(length or choice.randint(5, 200))]
-
-
-def _sampling(index: int, marked: bool) -> dict[str, Any]:
-    params: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "temperature": 0.0}
-    if index % 2:
-        params |= {"temperature": 0.8, "top_p": 0.95, "sampling_seed": index}
-    return {**params, "is_deterministic": True} if marked else params
-
-
-def _run(engine: Any, work: list[tuple[int, bool]]) -> list[dict[str, Any]]:
-    outputs = engine.generate(
-        input_ids=[_prompt(number) for number, _ in work],
-        sampling_params=[_sampling(*item) for item in work],
-    )
-    assert all(len(output["output_ids"]) == NEW_TOKENS for output in outputs)
-    return list(outputs)
-
-
 def test_marked_output_is_the_same_alone_and_in_crowds(model: Path) -> None:
     flags = {
         "enable_llm42": True,
@@ -89,27 +67,12 @@ def test_marked_output_is_the_same_alone_and_in_crowds(model: Path) -> None:
         "cuda_graph_backend_prefill": "disabled",
     }
     with _engine(model, **flags) as engine:
-        alone = [_run(engine, [(number, True)])[0]["output_ids"] for number in range(SUBJECTS)]
-        assert len({tuple(ids) for ids in alone}) == SUBJECTS
-        rollbacks = compared = 0
-        for crowd in range(3):
-            choice = random.Random(crowd)
-            others = [(100 + crowd * 100 + i, choice.random() < 0.5) for i in range(20 + 30 * crowd)]
-            work = [*((number, True) for number in range(SUBJECTS)), *others]
-            choice.shuffle(work)
-            engine.flush_cache()
-            for (number, _), output in zip(work, _run(engine, work), strict=True):
-                if number < SUBJECTS:
-                    assert output["output_ids"] == alone[number], (crowd, number)
-                    rollbacks += output["meta_info"]["llm42_num_rollbacks"]
-                    compared += 1
-    assert compared == 3 * SUBJECTS
-    assert rollbacks > 0, "nothing diverged, so nothing was shown"
+        check_crowds(engine, crowds=3)
 
 
 def _prompt_logprobs(engine: Any) -> list[list[float]]:
     """Log-probabilities of the tokens of :data:`PROMPTS`, alone, then all at once."""
-    prompts = [_prompt(seed, length) for seed, length in enumerate(PROMPTS)]
+    prompts = [prompt(seed, length) for seed, length in enumerate(PROMPTS)]
 
     def ask(ids: list[list[int]]) -> list[list[float]]:
         outputs = engine.generate(
@@ -120,7 +83,7 @@ def _prompt_logprobs(engine: Any) -> list[list[float]]:
         )
         return [[pair[0] for pair in o["meta_info"]["input_token_logprobs"][1:]] for o in outputs]
 
-    found = [ask([prompt])[0] for prompt in prompts]
+    found = [ask([ids])[0] for ids in prompts]
     engine.flush_cache()
     return found + ask(prompts)
 
