@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Variable with the address of the Ray node that a server belongs to. Where several nodes run on one machine,
+#: Ray would connect it to the head or to any of them.
+NODE_ADDRESS = "SGLANG_EXT_RAY_NODE_ADDRESS"
+
 #: Of a fresh local cluster. Ranks talk through sockets and collectives, not through Ray's object store.
 OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -34,7 +38,12 @@ def connect(settings: RaySettings, nnodes: int) -> None:
         return
     address = settings.address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
-        ray.init(address=address, namespace=settings.namespace, logging_level=logging.WARNING)
+        ray.init(
+            address=address,
+            namespace=settings.namespace,
+            logging_level=logging.WARNING,
+            _node_ip_address=os.environ.get(NODE_ADDRESS),
+        )
         return
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address != "auto":

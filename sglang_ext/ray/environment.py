@@ -40,6 +40,7 @@ NAMES = (
 #: environment of jobs and actors in its dashboard; whoever accepts that can name a secret in ``--ray-env``.
 NOT_HANDED_ON = (
     "SGLANG_HOST_IP",
+    "SGLANG_EXT_RAY_NODE_ADDRESS",
     "SGLANG_RAY_BUNDLE_INDICES",
     "SGLANG_DP_RANK",
     "HF_TOKEN",

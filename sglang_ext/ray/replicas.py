@@ -67,6 +67,7 @@ class Replica:
             [*command, "--host", host, "--port", str(port), "--ray-address", address],
             process_group=0,
             preexec_fn=_end_with_parent,
+            env={**os.environ, cluster.NODE_ADDRESS: host},
         )
         return f"http://{host}:{port}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from determinism import ALONE_WARM, CROWD_OF_8, CROWD_OF_17, Condition, mismatches, run_alone
+from determinism import ALONE_WARM, CROWD_OF_8, CROWD_OF_17, Condition, mismatches, run_alone, unmarked
 from live_server import Output, Request, Server, StartServer, at_once, running
 from models import write_tiny_experts, write_tiny_llama
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY, marked, random_prompts
@@ -53,8 +53,14 @@ def _check(server: Server, subjects: Sequence[Request], conditions: Sequence[Con
 
 def test_two_ranks(start_server: StartServer, random_llama: Path) -> None:
     server = start_server(random_llama, "--tp-size", "2", "--max-total-tokens", "2048", **ONE_THREAD)
-    _check(server, _subjects(), (CROWD_OF_17, CROWD_OF_8, ALONE_WARM))
+    subjects = _subjects()
+    alone = _check(server, subjects, (CROWD_OF_17, CROWD_OF_8, ALONE_WARM))
     assert server.statistics()["rollbacks"] > 0
+    # Unmarked requests begin with copies of canonical prefixes, on both ranks alike.
+    server.together([unmarked(subject) for subject in subjects])
+    assert server.statistics()["shared_prefix_tokens"] > 0
+    assert not mismatches(server, subjects, alone, CROWD_OF_17, NEIGHBOURS)
+    server.wait_until_idle()
 
 
 def test_four_ranks(start_server: StartServer, tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ from sglang_ext.llm42.server.internal_state import RANK_KEY, RESET_KEY, STATE_KE
 
 def add_endpoints(*args: Any, **kwargs: Any) -> None:
     """Before ``_setup_and_run_http_server``: add our routes, under SGLang's handling of API keys."""
-    from fastapi import APIRouter
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import AuthLevel, auth_level
 
-    router = APIRouter()
-    router.get("/llm42_stats")(llm42_stats)
-    router.post("/reset_llm42_stats")(auth_level(AuthLevel.ADMIN_OPTIONAL)(reset_llm42_stats))
-    app.include_router(router)
+    # Not through a router: SGLang looks for the level among the app's own routes and takes what it does not
+    # find there for an ordinary endpoint, which is open where only an admin key is set.
+    app.get("/llm42_stats")(llm42_stats)
+    app.post("/reset_llm42_stats")(auth_level(AuthLevel.ADMIN_OPTIONAL)(reset_llm42_stats))
 
 
 async def llm42_stats() -> dict[str, dict[str, int]]:
