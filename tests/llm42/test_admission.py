@@ -13,6 +13,12 @@ from sglang_ext.llm42 import scheduler_hooks
 from sglang_ext.llm42.scheduler_hooks import MAX_PASSED_OVER
 
 
+@pytest.fixture(autouse=True)
+def nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime whose radix cache holds no canonical prefixes."""
+    monkeypatch.setattr(scheduler_hooks, "_runtime", SimpleNamespace(share_prefix=lambda adder, req: None))
+
+
 def _request(marked: bool, priority: int | None = None) -> Any:
     return SimpleNamespace(llm42=object() if marked else None, priority=priority)
 
