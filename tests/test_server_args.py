@@ -172,6 +172,8 @@ REFUSED: list[dict[str, Any]] = [
     {"disaggregation_mode": "prefill"},
     {"enable_deterministic_inference": True},
     {"enable_lora": True},
+    {"enable_return_routed_experts": True},
+    {"enable_symm_mem": True, "tp_size": 4},
     {"enable_two_batch_overlap": True},
     {"enable_pdmux": True},
     {"tokenizer_worker_num": 2},

@@ -176,7 +176,8 @@ class SlotGuard:
     and write them. The rule: no forward that may have been given one of them starts before the pass has
     ended; the wait is the device's, not the host's. The next forwards are not such, for SGLang's allocators
     take from the front of the free list and free at its end: only when as many slots have been given away as
-    were free before can it be a forward's turn. A forward that computes prompts waits always: SGLang may have
+    were free before can it be a forward's turn. (With pages of several slots they free at the front: there
+    the next forward that takes slots waits.) A forward that computes prompts waits always: SGLang may have
     emptied its cache in between, which sorts the list, and after that a prompt comes first. (It gains nothing
     beside a pass anyway: both are bound by compute.) Canonical passes are ordered among themselves.
 
@@ -194,7 +195,7 @@ class SlotGuard:
         if not isinstance(under_way, DeviceResults) or self._pass is under_way:
             return  # on a CPU passes have ended; slots freed later come into use later
         self._pass = under_way
-        self._left = len(self._allocator.free_pages)
+        self._left = len(self._allocator.free_pages) if self._allocator.page_size == 1 else 0
 
     def before_forward(self, slots: int, prompts: bool) -> None:
         """Let the current stream wait if its next forward may write to slots that were freed.

@@ -130,6 +130,16 @@ FLAGS: tuple[Unsupported, ...] = (
         "canonical passes do not apply adapters yet",
     ),
     Unsupported(
+        "--enable-return-routed-experts",
+        lambda args: args.enable_return_routed_experts,
+        "SGLang notes them by KV slot and row, in buffers that canonical passes would write, too",
+    ),
+    Unsupported(
+        "--enable-symm-mem with --tp-size > 2",
+        lambda args: args.enable_symm_mem and args.tp_size > 2,
+        "its all-reduce does not sum in the order of the ranks",
+    ),
+    Unsupported(
         "--enable-two-batch-overlap or --enable-single-batch-overlap",
         lambda args: args.enable_two_batch_overlap or args.enable_single_batch_overlap,
         "canonical passes have one fixed shape",

@@ -130,8 +130,10 @@ def add_one_req(
     marked = deterministic.of(req) is not None
     passed_over: list[Req] = vars(adder).setdefault("llm42_passed_over", [])
     if adder.can_run_list and (deterministic.of(adder.can_run_list[0]) is not None) != marked:
-        # While a long prompt of the other kind is computed in parts, the head would be passed over each time.
-        if has_chunked_req or len(passed_over) == MAX_PASSED_OVER:
+        # While long prompts of the other kind are computed in parts, the head would be passed over each time.
+        # With a prompt's last part has_chunked_req is false, but its row of the pool is taken.
+        has_part = has_chunked_req or adder.can_run_list[0].req_pool_idx is not None
+        if has_part or len(passed_over) == MAX_PASSED_OVER:
             return AddReqResult.OTHER
         passed_over.append(req)
         return AddReqResult.CONTINUE

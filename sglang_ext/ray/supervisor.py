@@ -67,7 +67,8 @@ class Supervisor:
                 return 128 + self._stopped_by if status else 0
             if status in (0, EXIT_USAGE) or (status == EXIT_NOT_STARTED and self.restarts == 0):
                 return status
-            if time.monotonic() - started >= self._stable_s:
+            # A start that waited in vain for nodes takes long as well, and is no service.
+            if status != EXIT_NOT_STARTED and time.monotonic() - started >= self._stable_s:
                 in_a_row = 0
             if in_a_row == self.max_restarts:
                 _say(f"giving up after --ray-max-restarts {self.max_restarts} restarts in a row")

@@ -74,7 +74,9 @@ class Runtime:
     def forward(self, original: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """One pass of the decoder stack (``original``), cut in two where the rule says so."""
         arguments = bound.arguments
-        batch, tokens = arguments["forward_batch"], arguments["input_ids"].shape[0]
+        batch = arguments["forward_batch"]
+        # Models with images give their stack embeddings only.
+        tokens = (batch.input_ids if arguments["input_ids"] is None else arguments["input_ids"]).shape[0]
         halves = self._halves(original, bound, batch, tokens) if tokens else None
         if halves is None:
             return self.weaver.run_whole(tokens, lambda: original(*bound.args, **bound.kwargs))
@@ -219,6 +221,7 @@ def stock_reason(server_args: Any) -> str | None:
         "DP attention divides the tokens between ranks": server_args.enable_dp_attention,
         "--enable-two-batch-overlap cuts batches itself": server_args.enable_two_batch_overlap,
         "--enable-torch-compile traces the model": server_args.enable_torch_compile,
+        "LoRA adapters are laid out for whole batches": server_args.enable_lora or server_args.lora_paths,
     }
     return next((reason for reason, applies in refusals.items() if applies), None)
 

@@ -20,7 +20,7 @@ def nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _request(marked: bool, priority: int | None = None) -> Any:
-    return SimpleNamespace(llm42=object() if marked else None, priority=priority)
+    return SimpleNamespace(llm42=object() if marked else None, priority=priority, req_pool_idx=None)
 
 
 def _queue(kinds: str) -> list[Any]:
@@ -32,7 +32,9 @@ def _kinds(reqs: list[Any]) -> str:
     return "".join("u" if req.llm42 is None else "m" for req in reqs)
 
 
-def _turn(queue: list[Any], chunked: Any = None, room: int = 1000) -> tuple[list[Any], list[Any]]:
+def _turn(
+    queue: list[Any], chunked: Any = None, room: int = 1000, last_part: bool = False
+) -> tuple[list[Any], list[Any]]:
     """A turn of SGLang's loop over its waiting queue: the batch, and who waits on."""
     adder = SimpleNamespace(
         can_run_list=[] if chunked is None else [chunked], rem_chunk_tokens=100, rem_input_tokens=100
@@ -47,7 +49,11 @@ def _turn(queue: list[Any], chunked: Any = None, room: int = 1000) -> tuple[list
 
     for req in queue:
         result = scheduler_hooks.add_one_req(
-            original, adder, req, has_chunked_req=chunked is not None, truncation_align_size=None
+            original,
+            adder,
+            req,
+            has_chunked_req=chunked is not None and not last_part,
+            truncation_align_size=None,
         )
         if result is not AddReqResult.CONTINUE:
             break
@@ -77,6 +83,14 @@ def test_a_batch_passes_over_a_bounded_number() -> None:
 def test_nobody_is_passed_over_while_a_long_prompt_is_computed_in_parts() -> None:
     batch, waiting = _turn(_queue("umu"), chunked=_request(marked=False))
     assert _kinds(batch) == "uu" and _kinds(waiting) == "mu"
+
+
+def test_nobody_is_passed_over_with_the_last_part_of_a_long_prompt() -> None:
+    # Otherwise the next long prompt would begin in that batch, and so on: the marked one would never be next.
+    long_prompt = _request(marked=False)
+    long_prompt.req_pool_idx = 3
+    batch, waiting = _turn(_queue("mu"), chunked=long_prompt, last_part=True)
+    assert batch == [long_prompt] and _kinds(waiting) == "mu"
 
 
 def test_only_requests_of_the_same_priority_are_passed_over() -> None:

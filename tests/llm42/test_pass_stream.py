@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
 from sglang_ext.llm42.pass_stream import DeviceResults, HostPasses, HostResults, SlotGuard, pass_stream
 
@@ -41,7 +42,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> _Stream:
 
 
 def _guard(free: int) -> tuple[SlotGuard, Any]:
-    allocator = types.SimpleNamespace(free_pages=torch.zeros(free))
+    allocator = types.SimpleNamespace(free_pages=torch.zeros(free), page_size=1)
     return SlotGuard(allocator), allocator
 
 
@@ -56,6 +57,19 @@ def test_decode_waits_once_the_slots_that_were_free_before_are_given_away(stream
     assert stream.waited == [results.ended]
     guard.before_forward(100, prompts=False)
     assert len(stream.waited) == 1, "later forwards come after the one that waited"
+
+
+def test_freed_pages_are_given_away_first_so_decode_waits_at_once(stream: _Stream) -> None:
+    allocator = PagedTokenToKVPoolAllocator(
+        size=1024, page_size=16, dtype=torch.bfloat16, device="cpu", kvcache=None, need_sort=False
+    )
+    taken = allocator.alloc(64)
+    guard = SlotGuard(allocator)
+    guard.freeing(_under_way())
+    allocator.free(taken)
+    assert set(allocator.alloc(16).tolist()) <= set(taken.tolist()), "SGLang frees pages at the front"
+    guard.before_forward(1, prompts=False)
+    assert len(stream.waited) == 1
 
 
 def test_prompts_wait_at_once(stream: _Stream) -> None:

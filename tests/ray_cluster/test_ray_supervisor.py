@@ -62,6 +62,13 @@ def test_service_in_between_forgets_earlier_failures(tmp_path: Path) -> None:
     assert one.restarts == 4
 
 
+def test_long_starts_in_vain_are_no_service(tmp_path: Path) -> None:
+    one = _supervisor(f"[ $runs -eq 1 ] && exit {EXIT_RANK_LOST}; exit {EXIT_NOT_STARTED}", tmp_path)
+    one._stable_s = 0
+    assert one.run() == EXIT_NOT_STARTED
+    assert _runs(tmp_path) == 4
+
+
 def test_a_signal_is_handed_on_and_ends_it(tmp_path: Path) -> None:
     one = _supervisor("trap 'exit 0' TERM; while :; do sleep 0.05; done", tmp_path)
     statuses: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -113,6 +114,20 @@ def runtime(split: str = "equal", stock_reason: str | None = None, fits: bool = 
 def test_why_passes_run_whole(started: Runtime, segments: int, reason: str | None) -> None:
     given = started.why_canonical_whole(segments, 16)
     assert given is None if reason is None else reason in (given or "")
+
+
+def test_a_stack_that_is_given_embeddings_only_runs_whole() -> None:
+    started = runtime()
+    started.weaver.run_whole = lambda tokens, call: (tokens, call())  # type: ignore[method-assign]
+    started.weaver.cut_for = lambda tokens: None  # type: ignore[method-assign]
+
+    def stack(input_ids: torch.Tensor | None, forward_batch: Any) -> str:
+        return "hidden states"
+
+    mode = SimpleNamespace(is_extend=lambda: False, is_mixed=lambda: False)
+    batch = SimpleNamespace(input_ids=torch.zeros(5), forward_mode=mode)
+    bound = inspect.signature(stack).bind(None, batch)
+    assert started.forward(stack, bound) == (5, "hidden states")
 
 
 def test_nothing_is_fixed_before_a_model_was_observed() -> None:

@@ -46,6 +46,8 @@ WEAVABLE = {
     "enable_dp_attention": False,
     "enable_two_batch_overlap": False,
     "enable_torch_compile": False,
+    "enable_lora": None,
+    "lora_paths": None,
 }
 
 
@@ -58,6 +60,7 @@ WEAVABLE = {
         ({"enable_dp_attention": True}, "DP attention"),
         ({"enable_two_batch_overlap": True}, "two-batch-overlap"),
         ({"enable_torch_compile": True}, "torch-compile"),
+        ({"enable_lora": True}, "LoRA"),
     ],
 )
 def test_servers_that_run_stock_say_why(change: dict[str, object], reason: str | None) -> None:
