@@ -75,6 +75,9 @@ MAX_BODY_BYTES = 512 * 2**20
 #: answer, and the replica is taken for lost: requests that it has not answered go to another one.
 CONNECT_TIMEOUT_S = 5.0
 LOOK_EVERY_S = 1.0
+#: Seconds after which an idle connection is closed, before SGLang does (5 s, ``SGLANG_TIMEOUT_KEEP_ALIVE``): a
+#: request that crosses its closing would look like a lost replica.
+KEEP_ALIVE_S = 3.0
 LOOK_TIMEOUT_S = 5.0
 LOOKS = 3
 
@@ -107,7 +110,7 @@ class Replica:
         """Have new connections; on the event loop."""
         timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         self.session = ClientSession(
-            connector=TCPConnector(limit=0),
+            connector=TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             timeout=timeout,
             auto_decompress=False,  # bytes are passed on as they come
         )

@@ -150,8 +150,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not behind:
         parser.error("give the server's flags behind --")
     for flag in behind:
-        if flag.partition("=")[0] in OURS:
-            parser.error(f"{flag.partition('=')[0]} is chosen for each replica; leave it out behind --")
+        name = flag.partition("=")[0]
+        if name in OURS:
+            parser.error(f"{name} is chosen for each replica; leave it out behind --")
+        if name.startswith("--ssl-"):
+            parser.error(f"{name}: the front speaks plain HTTP with its replicas; put TLS in front of it")
     return options, behind
 
 

@@ -2,7 +2,8 @@
 
 Halves are launched kernel by kernel, while an uncut batch usually is one CUDA graph. Where the host is slower
 than the GPU, a cut loses, whatever the GPU would gain. How slow the host is depends on the machine and on
-what else runs there, so the first batches in halves are timed, and from then on the rule reckons with it.
+what else runs there, so the first batches are cut where the GPU alone would gain, their launches are timed,
+and from then on the rule reckons with the host. Not to cut before it has learned would be never to learn.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from sglang_ext.tokenweave.split import Decision, SplitRule
 
 logger = logging.getLogger(__name__)
 
-#: Microseconds per layer and batch that are reckoned with before anything was timed. Measured with 20 layers
-#: of a 70B Llama on four H100 (``docs/benchmarks/tokenweave-llama-70b-tp4.md``): 4.2 to 4.4 ms.
-FIRST_GUESS_US = 4300.0
+#: Microseconds per layer that count for a batch which launched too few steps to be timed. Measured with 20
+#: layers of a 70B Llama on four H100 (``docs/benchmarks/tokenweave-llama-70b-tp4.md``): 4.2 to 4.4 ms.
+UNTIMED_US = 4300.0
 
 #: Batches to time; the fastest counts, for the first ones may compile something.
 BATCHES = 3
@@ -49,7 +50,7 @@ class LearnedRule:
     """
 
     def __init__(self, rule: SplitRule, agree: Callable[[float], float]) -> None:
-        self.rule = replace(rule, host_us=FIRST_GUESS_US)
+        self.rule = replace(rule, host_us=0.0)
         self._agree = agree
         self._seen: list[float] = []
         self._known: dict[int, Decision] = {}
@@ -64,7 +65,7 @@ class LearnedRule:
         """A batch in halves was launched, its fused steps at these seconds; alike on every rank."""
         if len(self._seen) == BATCHES:
             return
-        self._seen.append(layer_us(launched) or FIRST_GUESS_US)
+        self._seen.append(layer_us(launched) or UNTIMED_US)
         if len(self._seen) < BATCHES:
             return
         host_us = self._agree(min(self._seen))

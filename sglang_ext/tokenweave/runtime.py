@@ -82,16 +82,14 @@ class Runtime:
             return self.weaver.run_whole(tokens, lambda: original(*bound.args, **bound.kwargs))
         cut, calls = halves
         output = self.weaver.run_halves(cut, tokens, calls)
-        if isinstance(self.weaver.decide, LearnedRule) and not _captures_graph():
+        if isinstance(self.weaver.decide, LearnedRule) and not _captures_graph() and not _canonical():
             self.weaver.decide.observe(self.weaver.launched)
         return output
 
     def _halves(
         self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
     ) -> tuple[int, list[Callable[[], Any]]] | None:
-        from sglang.srt.model_executor.forward_context import get_attn_backend, has_forward_context
-
-        attention = get_attn_backend() if has_forward_context() else None
+        attention = _attention()
         if isinstance(attention, HalvedAttention):
             return self._canonical_halves(original, bound, batch, attention)
         # SGLang's prefill graphs hold whole batches; those that are cut run outside of them.
@@ -266,6 +264,17 @@ def _captures_graph() -> bool:
     return bool(get_is_capture_mode()) or (
         torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     )
+
+
+def _attention() -> Any:
+    from sglang.srt.model_executor.forward_context import get_attn_backend, has_forward_context
+
+    return get_attn_backend() if has_forward_context() else None
+
+
+def _canonical() -> bool:
+    """Whether this forward is a canonical pass in halves: they are cut by no rule."""
+    return isinstance(_attention(), HalvedAttention)
 
 
 def _is_plain_extend(mode: Any) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_ext.tokenweave import learned_rule
-from sglang_ext.tokenweave.learned_rule import BATCHES, FIRST_GUESS_US, LearnedRule, layer_us
+from sglang_ext.tokenweave.learned_rule import BATCHES, UNTIMED_US, LearnedRule, layer_us
 from sglang_ext.tokenweave.split import CommModel, MeasuredModel, SplitRule
 
 #: A layer takes half a microsecond per token, and the fused step a quarter as long as its block.
@@ -32,15 +32,22 @@ def _launches(layer: float, layers: int = 20) -> list[float]:
     return [7.0 + i * step for i in range(layers * learned_rule.STEPS_PER_LAYER)]
 
 
-def test_before_it_has_learned_only_large_batches_are_cut() -> None:
-    rule = _rule()
-    assert rule(2048).cut is None and rule(16384).cut is not None
-    assert rule.rule.host_us == FIRST_GUESS_US
+def test_before_it_has_learned_it_cuts_where_the_gpu_alone_would_gain() -> None:
+    # A model whose layers all take less than a cautious guess would never be cut, and never be timed.
+    assert _rule()(2048).cut is not None
+    assert _rule([4000.0] * (BATCHES - 1))(2048).cut is not None
 
 
-def test_a_fast_host_lets_smaller_batches_be_cut() -> None:
-    assert _rule([300.0] * (BATCHES - 1))(2048).cut is None
+def test_afterwards_the_host_counts() -> None:
+    assert _rule([4000.0] * BATCHES)(2048).cut is None and _rule([4000.0] * BATCHES)(16384).cut is not None
     assert _rule([300.0] * BATCHES)(2048).cut is not None
+
+
+def test_batches_too_small_to_be_timed_count_as_slow() -> None:
+    rule = _rule()
+    for _ in range(BATCHES):
+        rule.observe([1.0])
+    assert rule.rule.host_us == UNTIMED_US
 
 
 def test_a_slow_host_stops_cuts_of_large_batches() -> None:
