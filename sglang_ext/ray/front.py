@@ -75,11 +75,12 @@ MAX_BODY_BYTES = 512 * 2**20
 #: answer, and the replica is taken for lost: requests that it has not answered go to another one.
 CONNECT_TIMEOUT_S = 5.0
 LOOK_EVERY_S = 1.0
-#: Seconds after which an idle connection is closed, before SGLang does (5 s, ``SGLANG_TIMEOUT_KEEP_ALIVE``): a
-#: request that crosses its closing would look like a lost replica.
-KEEP_ALIVE_S = 3.0
 LOOK_TIMEOUT_S = 5.0
 LOOKS = 3
+
+#: Seconds after which an idle connection is closed, before SGLang does (5 s, SGLANG_TIMEOUT_KEEP_ALIVE): a
+#: request that crosses its closing would look like a lost replica.
+KEEP_ALIVE_S = 3.0
 
 #: Of one hop only (RFC 9110, 7.6.1), or set anew by aiohttp for each hop.
 NOT_PASSED_ON = frozenset(
