@@ -58,6 +58,7 @@ def test_the_address_is_on_loopback_unless_told() -> None:
         (["--replicas", "2"], "behind --"),
         (["--replicas", "2", "--", "--port", "1"], "--port is chosen"),
         (["--replicas", "2", "--", "--host=0.0.0.0"], "--host is chosen"),
+        (["--replicas", "2", "--", "--ssl-keyfile=k"], "--ssl-keyfile: the front speaks plain HTTP"),
         (["--replicas", "2", "--policy", "luck", "--", "--model-path", "m"], "--policy"),
     ],
 )
