@@ -77,19 +77,25 @@ class Runtime:
         batch = arguments["forward_batch"]
         # Models with images give their stack embeddings only.
         tokens = (batch.input_ids if arguments["input_ids"] is None else arguments["input_ids"]).shape[0]
-        halves = self._halves(original, bound, batch, tokens) if tokens else None
+        attention = _attention()
+        halves = self._halves(original, bound, batch, tokens, attention) if tokens else None
         if halves is None:
             return self.weaver.run_whole(tokens, lambda: original(*bound.args, **bound.kwargs))
         cut, calls = halves
         output = self.weaver.run_halves(cut, tokens, calls)
-        if isinstance(self.weaver.decide, LearnedRule) and not _captures_graph() and not _canonical():
+        by_rule = not isinstance(attention, HalvedAttention)  # canonical passes are cut by none
+        if by_rule and isinstance(self.weaver.decide, LearnedRule) and not _captures_graph():
             self.weaver.decide.observe(self.weaver.launched)
         return output
 
     def _halves(
-        self, original: Callable[..., Any], bound: inspect.BoundArguments, batch: Any, tokens: int
+        self,
+        original: Callable[..., Any],
+        bound: inspect.BoundArguments,
+        batch: Any,
+        tokens: int,
+        attention: Any,
     ) -> tuple[int, list[Callable[[], Any]]] | None:
-        attention = _attention()
         if isinstance(attention, HalvedAttention):
             return self._canonical_halves(original, bound, batch, attention)
         # SGLang's prefill graphs hold whole batches; those that are cut run outside of them.
@@ -270,11 +276,6 @@ def _attention() -> Any:
     from sglang.srt.model_executor.forward_context import get_attn_backend, has_forward_context
 
     return get_attn_backend() if has_forward_context() else None
-
-
-def _canonical() -> bool:
-    """Whether this forward is a canonical pass in halves: they are cut by no rule."""
-    return isinstance(_attention(), HalvedAttention)
 
 
 def _is_plain_extend(mode: Any) -> bool:
