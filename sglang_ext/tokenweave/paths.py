@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from sglang_ext.tokenweave.kernel import MAX_WORLD
 from sglang_ext.tokenweave.reference import MAX_HIDDEN
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 
 class PathError(RuntimeError):
@@ -106,10 +109,9 @@ def agree(choice: Choice, group: dist.ProcessGroup) -> None:
     Raises:
         PathError: listing every rank's choice.
     """
-    choices: list[Choice | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(choices, choice, group=group)
-    if len({other.path for other in choices if other}) != 1:
-        listed = ", ".join(f"rank {i}: {c.path.value} ({c.reason})" for i, c in enumerate(choices) if c)
+    choices = _of_all_ranks(group, choice)
+    if len({other.path for other in choices}) != 1:
+        listed = ", ".join(f"rank {i}: {c.path.value} ({c.reason})" for i, c in enumerate(choices))
         raise PathError(f"TokenWeave's ranks chose different paths: {listed}; name one by --tokenweave-path")
     if dist.get_rank(group) == 0:
         logger.info(
@@ -128,8 +130,7 @@ def agree_on_cuts(cuts: Sequence[int | None], group: dist.ProcessGroup) -> None:
     Raises:
         PathError: another rank would cut otherwise.
     """
-    of_ranks: list[Sequence[int | None]] = [()] * dist.get_world_size(group)
-    dist.all_gather_object(of_ranks, tuple(cuts), group=group)
+    of_ranks = _of_all_ranks(group, tuple(cuts))
     different = [rank for rank, other in enumerate(of_ranks) if other != of_ranks[0]]
     if different:
         raise PathError(
@@ -138,8 +139,49 @@ def agree_on_cuts(cuts: Sequence[int | None], group: dist.ProcessGroup) -> None:
         )
 
 
-def probe(world: int, device: torch.device, hidden: int, dtype: torch.dtype, one_node: bool) -> Capabilities:
-    """What this rank can do, without allocating anything or touching another rank."""
+def peer_problem(device: torch.device, group: dist.ProcessGroup) -> str | None:
+    """Why a rank of ``group`` (CPU backend, one node) cannot reach another's memory; the same on all ranks.
+
+    A GPU that this process cannot see (launchers may show each rank only its own) cannot be asked about and
+    counts as reachable.
+    """
+    uuids = _of_all_ranks(group, str(torch.cuda.get_device_properties(device).uuid))
+    visible = {
+        str(torch.cuda.get_device_properties(i).uuid): torch.device("cuda", i)
+        for i in range(torch.cuda.device_count())
+    }
+    own = next(
+        (
+            f"GPU {visible[uuid].index} of rank {rank} is out of reach of rank {dist.get_rank(group)}"
+            for rank, uuid in enumerate(uuids)
+            if uuid in visible
+            and visible[uuid] != device
+            and not torch.cuda.can_device_access_peer(device, visible[uuid])
+        ),
+        None,
+    )
+    return next((problem for problem in _of_all_ranks(group, own) if problem), None)
+
+
+def _of_all_ranks(group: dist.ProcessGroup, value: Value) -> list[Value]:
+    """Every rank's ``value``, by rank."""
+    values: list[Value] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def probe(
+    world: int, device: torch.device, hidden: int, dtype: torch.dtype, peer_problem: str | None
+) -> Capabilities:
+    """What this rank can do, without allocating anything or touching another rank.
+
+    Args:
+        world: ranks of the tensor-parallel group.
+        device: this rank's.
+        hidden: elements of a row.
+        dtype: of the rows.
+        peer_problem: why the ranks cannot reach each other's memory, or None (:func:`peer_problem`).
+    """
     if device.type != "cuda":
         return Capabilities(world=world, device=device.type)
     return Capabilities(
@@ -148,7 +190,7 @@ def probe(world: int, device: torch.device, hidden: int, dtype: torch.dtype, one
         capability=torch.cuda.get_device_capability(device),
         kernel_problem=_kernel_problem(),
         shape_problem=_shape_problem(world, hidden, dtype),
-        peer_problem=None if one_node else "the ranks are not all on one node",
+        peer_problem=peer_problem,
         multicast_problem=_multicast_problem(device),
     )
 

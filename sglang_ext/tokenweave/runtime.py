@@ -313,13 +313,14 @@ def _cut_arguments(
 
 
 def _choose_path(config: TokenWeaveConfig, model_runner: Any, coordinator: Any) -> paths.Path:
-    on_gpu = model_runner.device == "cuda"
+    device, problem = torch.device(model_runner.device), None
+    if model_runner.server_args.nnodes > 1:
+        problem = "the ranks are not all on one node"
+    elif device.type == "cuda":
+        device = torch.device("cuda", model_runner.gpu_id)
+        problem = paths.peer_problem(device, coordinator.cpu_group)
     capabilities = paths.probe(
-        coordinator.world_size,
-        torch.device("cuda", model_runner.gpu_id) if on_gpu else torch.device(model_runner.device),
-        model_runner.model_config.hidden_size,
-        model_runner.dtype,
-        one_node=model_runner.server_args.nnodes == 1,
+        coordinator.world_size, device, model_runner.model_config.hidden_size, model_runner.dtype, problem
     )
     choice = paths.choose(config.path, capabilities)
     paths.agree(choice, coordinator.cpu_group)

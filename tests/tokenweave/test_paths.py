@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path as File
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sglang_ext.tokenweave.paths import (
     agree,
     agree_on_cuts,
     choose,
+    peer_problem,
     probe,
 )
 
@@ -54,7 +56,7 @@ def test_a_path_asked_for_is_used_or_refused() -> None:
 
 
 def test_probe_of_a_cpu() -> None:
-    capabilities = probe(2, torch.device("cpu"), 1024, torch.bfloat16, one_node=True)
+    capabilities = probe(2, torch.device("cpu"), 1024, torch.bfloat16, None)
     assert choose("auto", capabilities).path is Path.COLLECTIVE
 
 
@@ -63,6 +65,9 @@ def _agree(rank: int, store: str, choices: tuple[Any, Any], messages: multiproce
     group = dist.group.WORLD
     assert group is not None
     try:
+        if isinstance(choices[rank], torch.device):
+            messages.put(str(peer_problem(choices[rank], group)))
+            return
         if isinstance(choices[rank], Path):
             agree(Choice(choices[rank], f"reason {rank}"), group)
         else:
@@ -101,3 +106,28 @@ def test_ranks_must_cut_alike(tmp_path: File) -> None:
     """As with a tuning table that only one of two nodes has."""
     (message,) = _answers(([None, 512], [None, 640]), tmp_path)
     assert "otherwise on ranks [1] than on rank 0" in message and "--tokenweave-table" in message
+
+
+@pytest.mark.parametrize(
+    ("reachable", "answer"),
+    [
+        ({(0, 1), (1, 0)}, "None"),
+        # One direction alone would let the ranks choose differently: all must hear of it.
+        ({(0, 1)}, "GPU 0 of rank 0 is out of reach of rank 1"),
+    ],
+)
+def test_gpus_that_cannot_reach_each_other_are_no_peers(
+    reachable: set[tuple[int, int]], answer: str, tmp_path: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def can_access(device: torch.device, peer: torch.device) -> bool:
+        return (device.index, peer.index) in reachable
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(uuid=f"GPU-{getattr(device, 'index', device)}"),
+    )
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", can_access)
+    devices = (torch.device("cuda", 0), torch.device("cuda", 1))
+    assert _answers(devices, tmp_path) == {answer}
