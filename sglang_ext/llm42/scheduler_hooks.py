@@ -187,9 +187,13 @@ def release_overallocated(
 
 
 def retracted(result: None, req: Req) -> None:
-    """After ``Req.reset_for_retract``: what is committed stays, candidates are gone."""
+    """After ``Req.reset_for_retract``: what is committed stays, candidates are gone.
+
+    A request that is about to be ended (:attr:`Req.to_finish`) returns for nothing but its end, which is the
+    next and last record. Its last window may have been cut where the grammar refused a token.
+    """
     state = deterministic.of(req)
-    if state is not None:
+    if state is not None and req.to_finish is None:
         state.log.retract(len(req.output_ids))
 
 
