@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang_ext.hook_types import Feature, Hook, Kind
 
 _BATCH = "sglang.srt.managers.schedule_batch"
+_POLICY = "sglang.srt.managers.schedule_policy"
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer"
 
@@ -29,7 +30,19 @@ HOOKS: tuple[Hook, ...] = (
         "marked requests carry their state and the canonical radix-cache namespace",
     ),
     _row(
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
+        f"{_POLICY}.SchedulePolicy.calc_priority",
+        Kind.AFTER,
+        "queue_sorted",
+        "a request that waited for a batch of its kind is tried first",
+    ),
+    _row(
+        f"{_POLICY}.PrefillAdder.preempt_to_schedule",
+        Kind.AROUND,
+        "preempt_to_schedule",
+        "no request is retracted for one that waits for a batch of its kind",
+    ),
+    _row(
+        f"{_POLICY}.PrefillAdder.add_one_req",
         Kind.AROUND,
         "add_one_req",
         "a prefill batch is all marked or all unmarked; marked prompts are computed by the lane",

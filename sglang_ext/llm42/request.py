@@ -56,7 +56,8 @@ class DeterministicRequest:
         decided: all output tokens that passes have decided, committed or not.
         grammar: SGLang's grammar object as it was before it accepted a token, None without a grammar.
         matcher: grammar matcher that has accepted ``decided``, None without a grammar or once it refused one.
-        committed: one that follows the committed output, None without a grammar.
+        committed: one that follows the committed output, None without a grammar or if the request came back
+            from a retraction only to be ended.
         row_params: the sampling parameters of each of its rows, once a row was sampled.
     """
 
@@ -91,11 +92,16 @@ class DeterministicRequest:
         return self.lane
 
     def follow_grammar(self, req: Req) -> None:
-        """Start the matchers behind the output so far, if ``req`` has a grammar."""
+        """Start the matchers behind the output so far, if ``req`` has a grammar.
+
+        A request that is about to be ended commits nothing more, so it gets none: its output may end with a
+        token that the grammar refused.
+        """
+        self.matcher = self.committed = None
         if self.grammar is None and req.grammar is not None:
             # The first admission: nothing is committed, so SGLang's own has accepted nothing.
             self.grammar = req.grammar.copy()
-        if self.grammar is not None:
+        if self.grammar is not None and req.to_finish is None:
             self.matcher = logit_processing.Matcher(self.grammar, self.decided)
             self.committed = logit_processing.Matcher(self.grammar, self.decided)
 

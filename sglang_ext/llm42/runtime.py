@@ -23,6 +23,7 @@ import torch
 
 from sglang_ext.llm42 import logit_processing, logprobs, sampling
 from sglang_ext.llm42 import request as deterministic
+from sglang_ext.llm42.admission import Admission
 from sglang_ext.llm42.canonical_graph import canonical_passes_for
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, PassSegment
 from sglang_ext.llm42.config import Llm42Config
@@ -124,6 +125,7 @@ class Runtime:
 
     Attributes:
         canonical_passes: the passes that decide every deterministic token.
+        admission: of which kind the next prefill batch is.
         weights_generation: how often the weights were updated since the start.
     """
 
@@ -134,6 +136,7 @@ class Runtime:
         self.policy = LanePolicy(lane)
         self.capacity = lane.capacity
         self.statistics = Statistics()
+        self.admission = Admission()
         self.weights_generation = 0
         # Two units in the last place of the logits' dtype, relative.
         self._rounding = 2 * torch.finfo(model_runner.dtype).eps

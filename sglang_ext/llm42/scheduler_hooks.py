@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Requests that a prefill batch passes over at most. SGLang looks each of them up in its prefix cache.
-MAX_PASSED_OVER = 16
-
 _runtime: Runtime | None = None
 _observer: Observer | None = None
 
@@ -116,30 +113,41 @@ def attach_state(result: None, req: Req, *args: Any, **kwargs: Any) -> None:
         req.customized_info = {"llm42": Report(state)}
 
 
+def queue_sorted(result: None, policy: Any, waiting_queue: list[Req], *args: Any, **kwargs: Any) -> None:
+    """After ``SchedulePolicy.calc_priority``, with which a turn's admission begins."""
+    runtime().admission.begin_turn(waiting_queue, policy.enable_priority_scheduling)
+
+
+def preempt_to_schedule(
+    original: Callable[..., bool], adder: Any, req: Req, *args: Any, **kwargs: Any
+) -> bool:
+    """Around ``PrefillAdder.preempt_to_schedule``: nothing is taken for a request that has to wait anyway.
+
+    SGLang goes on to ``add_one_req``, which says so.
+    """
+    if not runtime().admission.admits(adder.can_run_list, req):
+        return True
+    return original(adder, req, *args, **kwargs)
+
+
 def add_one_req(
     original: Callable[..., Any], adder: Any, req: Req, has_chunked_req: bool, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around ``PrefillAdder.add_one_req``: prefill batches are all marked or all unmarked.
+    """Around ``PrefillAdder.add_one_req``: prefill batches are all marked or all unmarked; see
+    :class:`Admission`.
 
-    The head of the queue decides which; requests of the other kind are passed over, so that mixed traffic
-    is not cut into a batch of a request or two at every turn. A marked request only takes memory here, so
-    SGLang's limits on computed tokens do not apply to it. An unmarked one may find a canonical prefix.
+    A marked request only takes memory here, so SGLang's limits on computed tokens do not apply to it. An
+    unmarked one may find a canonical prefix.
     """
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    marked = deterministic.of(req) is not None
-    passed_over: list[Req] = vars(adder).setdefault("llm42_passed_over", [])
-    if adder.can_run_list and (deterministic.of(adder.can_run_list[0]) is not None) != marked:
-        # While long prompts of the other kind are computed in parts, the head would be passed over each time.
+    admission, batch = runtime().admission, adder.can_run_list
+    if not admission.admits(batch, req):
         # With a prompt's last part has_chunked_req is false, but its row of the pool is taken.
-        has_part = has_chunked_req or adder.can_run_list[0].req_pool_idx is not None
-        if has_part or len(passed_over) == MAX_PASSED_OVER:
-            return AddReqResult.OTHER
-        passed_over.append(req)
-        return AddReqResult.CONTINUE
-    if passed_over and req.priority != passed_over[0].priority:
-        return AddReqResult.OTHER  # only equals are passed over
-    if not marked:
+        has_part = has_chunked_req or batch[0].req_pool_idx is not None
+        return AddReqResult.CONTINUE if admission.passes_over(batch, req, has_part) else AddReqResult.OTHER
+    admission.tried(req)
+    if deterministic.of(req) is None:
         runtime().share_prefix(adder, req)
         return original(adder, req, has_chunked_req, *args, **kwargs)
     with _unlimited_tokens(adder):
@@ -187,9 +195,13 @@ def release_overallocated(
 
 
 def retracted(result: None, req: Req) -> None:
-    """After ``Req.reset_for_retract``: what is committed stays, candidates are gone."""
+    """After ``Req.reset_for_retract``: what is committed stays, candidates are gone.
+
+    A request that is about to be ended (:attr:`Req.to_finish`) returns for nothing but its end, which is the
+    next and last record. Its last window may have been cut where the grammar refused a token.
+    """
     state = deterministic.of(req)
-    if state is not None:
+    if state is not None and req.to_finish is None:
         state.log.retract(len(req.output_ids))
 
 

@@ -168,6 +168,21 @@ def test_a_contradictory_request_ends_alone(small_server: Server, sampling: dict
     assert small_server.together(MANY[:4]) == expected
 
 
+def test_contradictory_requests_may_be_retracted_before_they_end(small_server: Server) -> None:
+    """SGLang ends such a request a step after its grammar refused a token, and may need its memory before."""
+    prompts = random_prompts(24, 10, 30, seed=26)
+    crowd = [Request(prompt, True, {**CONTRADICTORY, "temperature": 1.0}) for prompt in prompts]
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(6):
+            outputs = pool.submit(small_server.together, crowd, 0.04)
+            while not outputs.done():
+                small_server.post("/pause_generation", {"mode": "retract"})
+                small_server.post("/continue_generation", {})
+                time.sleep(0.02)
+            assert [output.finish["type"] for output in outputs.result()] == ["abort"] * len(crowd)
+    small_server.wait_until_idle()
+
+
 # A full disk
 
 DROPPED = "sglang:llm42_commit_log_dropped_lines_total"

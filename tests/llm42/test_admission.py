@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang.srt.managers.schedule_policy import AddReqResult
+from sglang.srt.managers.schedule_policy import AddReqResult, SchedulePolicy
 
 from sglang_ext.llm42 import scheduler_hooks
-from sglang_ext.llm42.scheduler_hooks import MAX_PASSED_OVER
+from sglang_ext.llm42.admission import MAX_PASSED_OVER, Admission
 
 
 @pytest.fixture(autouse=True)
 def nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime whose radix cache holds no canonical prefixes."""
-    monkeypatch.setattr(scheduler_hooks, "_runtime", SimpleNamespace(share_prefix=lambda adder, req: None))
+    runtime = SimpleNamespace(share_prefix=lambda adder, req: None, admission=Admission())
+    monkeypatch.setattr(scheduler_hooks, "_runtime", runtime)
 
 
-def _request(marked: bool, priority: int | None = None) -> Any:
-    return SimpleNamespace(llm42=object() if marked else None, priority=priority, req_pool_idx=None)
+def _policy(name: str, by_priority: bool = False) -> SchedulePolicy:
+    cache: Any = SimpleNamespace(disable=True, supports_fast_match_prefix=lambda: False)
+    return SchedulePolicy(name, cache, False, by_priority, False)
+
+
+FCFS, LONGEST_FIRST = _policy("fcfs"), _policy("lof")
+#: Priority, then length; a larger number is a higher priority.
+BY_PRIORITY = _policy("lof", by_priority=True)
+
+
+class _Request(SimpleNamespace):
+    """Equal to itself only, like SGLang's."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+def _request(marked: bool, priority: int | None = None, length: int = 10) -> Any:
+    return _Request(
+        llm42=object() if marked else None,
+        priority=priority,
+        req_pool_idx=None,
+        sampling_params=SimpleNamespace(max_new_tokens=length),
+    )
 
 
 def _queue(kinds: str) -> list[Any]:
@@ -33,9 +57,24 @@ def _kinds(reqs: list[Any]) -> str:
 
 
 def _turn(
-    queue: list[Any], chunked: Any = None, room: int = 1000, last_part: bool = False
+    queue: list[Any],
+    chunked: Any = None,
+    room: int = 1000,
+    last_part: bool = False,
+    policy: SchedulePolicy = FCFS,
+    skipped: Sequence[Any] = (),
+    preempt: Callable[..., bool] | None = None,
 ) -> tuple[list[Any], list[Any]]:
-    """A turn of SGLang's loop over its waiting queue: the batch, and who waits on."""
+    """A turn of SGLang's loop over its waiting queue: the batch, and who waits on.
+
+    Args:
+        chunked: a long prompt of which a part is in the batch already.
+        room: requests that the batch has room for.
+        skipped: requests that SGLang does not try, because of their LoRA adapters.
+        preempt: the running batch is full, and this retracts somebody for a request.
+    """
+    policy.calc_priority(queue, None)
+    scheduler_hooks.queue_sorted(None, policy, queue, None)
     adder = SimpleNamespace(
         can_run_list=[] if chunked is None else [chunked], rem_chunk_tokens=100, rem_input_tokens=100
     )
@@ -48,6 +87,10 @@ def _turn(
         return AddReqResult.CONTINUE
 
     for req in queue:
+        if req in skipped:
+            continue
+        if preempt is not None and not scheduler_hooks.preempt_to_schedule(preempt, adder, req, None):
+            break
         result = scheduler_hooks.add_one_req(
             original,
             adder,
@@ -58,7 +101,7 @@ def _turn(
         if result is not AddReqResult.CONTINUE:
             break
     batch = adder.can_run_list
-    return batch, [req for req in queue if not any(req is taken for taken in batch)]
+    return batch, [req for req in queue if req not in batch]
 
 
 def test_mixed_traffic_is_admitted_in_two_turns() -> None:
@@ -95,9 +138,108 @@ def test_nobody_is_passed_over_with_the_last_part_of_a_long_prompt() -> None:
 
 def test_only_requests_of_the_same_priority_are_passed_over() -> None:
     queue = [_request(False, 5), _request(True, 5), _request(False, 5), _request(False, 3)]
-    batch, waiting = _turn(queue)
+    batch, waiting = _turn(queue, policy=BY_PRIORITY)
     assert batch == [queue[0], queue[2]]
     assert waiting == [queue[1], queue[3]]
+
+
+def test_without_priority_scheduling_priorities_mean_nothing() -> None:
+    batch, _ = _turn([_request(False, 5), _request(True, 5), _request(False, 3)])
+    assert _kinds(batch) == "uu"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_kinds_take_turns_where_the_policy_prefers_one(marked: bool) -> None:
+    late = _request(marked, length=5)
+    queue, batches = [late], []
+    for turn in range(6):
+        queue += [_request(not marked, length=50) for _ in range(3)]
+        if turn == 3:
+            queue.append(_request(marked, length=4))
+        batch, queue = _turn(queue, policy=LONGEST_FIRST)
+        batches.append(_kinds(batch))
+        assert (late in batch) == (turn == 1)
+    few, many = ("m", "u") if marked else ("u", "m")
+    assert batches == [3 * many, few, 6 * many, 3 * many, few, 6 * many]
+
+
+def test_kinds_take_turns_whatever_the_order() -> None:
+    choice = random.Random(1)
+    queue, kinds = [], ""
+    for _ in range(200):
+        queue += _queue("um" * choice.randint(1, 3))
+        for req in queue:
+            req.sampling_params.max_new_tokens = choice.randint(1, 50)
+        batch, queue = _turn(queue, room=6, policy=LONGEST_FIRST, skipped=queue[:1] * choice.randint(0, 1))
+        kinds += _kinds(batch)[0]
+        queue = queue[-MAX_PASSED_OVER:]  # the others are aborted
+    assert "uuuuu" not in kinds and "mmmmm" not in kinds
+    assert kinds.count("um") > 60
+
+
+def test_an_owed_request_is_tried_once() -> None:
+    large = _request(True, length=5)
+    _, queue = _turn([_request(False, length=50), large], policy=LONGEST_FIRST)
+    batch, queue = _turn([_request(False, length=50), *queue], policy=LONGEST_FIRST, room=0)
+    assert batch == [] and queue[0] is large
+    batch, queue = _turn(queue, policy=LONGEST_FIRST)
+    assert _kinds(batch) == "u" and queue == [large]
+    batch, _ = _turn([_request(False, length=50), *queue], policy=LONGEST_FIRST)
+    assert batch == [large]
+
+
+def test_an_owed_request_that_is_gone_changes_nothing() -> None:
+    _turn(_queue("um"))
+    batch, waiting = _turn(_queue("umu"))
+    assert _kinds(batch) == "uu" and _kinds(waiting) == "m"
+
+
+def test_others_of_its_kind_do_not_wait_for_an_owed_request_whose_adapter_does() -> None:
+    adapted, plain = _request(True, length=5), _request(True, length=4)
+    _, queue = _turn([_request(False, length=50), adapted], policy=LONGEST_FIRST)
+    for expected in ("u", "m"):
+        queue += [_request(False, length=50)] + ([plain] if expected == "u" else [])
+        batch, queue = _turn(queue, policy=LONGEST_FIRST, skipped=[adapted])
+        assert _kinds(batch) == expected
+
+
+def test_after_a_long_prompt_the_other_kind_is_next() -> None:
+    long_prompt, marked = _request(False), _request(True, length=5)
+    queue = [marked]
+    long_prompt.req_pool_idx = 3
+    for last_part in (False, False, True):
+        queue.append(_request(False, length=50))
+        batch, queue = _turn(queue, chunked=long_prompt, last_part=last_part, policy=LONGEST_FIRST)
+        assert marked in queue
+    batch, _ = _turn([_request(False, length=50), *queue], policy=LONGEST_FIRST)
+    assert batch == [marked]
+
+
+def test_a_higher_priority_goes_first_and_nobody_overtakes_the_owed_request_again() -> None:
+    owed = _request(True, 5, length=5)
+    batch, queue = _turn([_request(False, 9), owed, _request(False, 5, 50)], policy=BY_PRIORITY)
+    assert _kinds(batch) == "uu" and queue == [owed]
+    for _ in range(3):
+        urgent = [_request(False, 9), _request(False, 9)]
+        batch, queue = _turn([*queue, *urgent, _request(False, 5, 50)], policy=BY_PRIORITY)
+        assert batch == urgent
+    batch, _ = _turn([*queue, _request(True, 3)], policy=BY_PRIORITY)
+    assert [req.priority for req in batch] == [5] and batch == [owed]
+
+
+def test_nobody_is_retracted_for_a_request_of_the_other_kind() -> None:
+    queue = [_request(False, 9), _request(True, 9, 9), _request(False, 9, 8), _request(False, 8)]
+    asked: list[Any] = []
+
+    def preempt(adder: Any, req: Any, server_args: Any) -> bool:
+        asked.append(req)
+        return True
+
+    batch, waiting = _turn(queue, policy=BY_PRIORITY, preempt=preempt)
+    assert batch == asked == [queue[0], queue[2]]
+    asked.clear()
+    batch, _ = _turn(waiting, policy=BY_PRIORITY, preempt=preempt)
+    assert batch == asked == [waiting[0]]
 
 
 def test_the_head_is_admitted_in_every_turn_and_in_order_within_a_kind() -> None:

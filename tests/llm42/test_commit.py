@@ -18,7 +18,9 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import attach_additional_stop_token_ids
 
 from sglang_ext.llm42 import commit as commit_module
+from sglang_ext.llm42 import scheduler_hooks
 from sglang_ext.llm42.commit import commit, update_finish_state
+from sglang_ext.llm42.commit_log import CommitLog
 from sglang_ext.llm42.config import REQUEST_KEY
 from sglang_ext.llm42.request import DeterministicRequest, Verdict, attach, of
 
@@ -280,6 +282,59 @@ def test_an_aborted_request_commits_nothing_more() -> None:
     req.update_finish_state(1)
     assert req.finished() and list(req.output_ids) == [case.tokens[0]]
     assert req.llm42.log.num_committed == 1
+
+
+def _retract(req: Req) -> None:
+    """SGLang takes the request's memory back and, later, finds it some again."""
+    of(req).leave()
+    scheduler_hooks.retracted(req.reset_for_retract(), req)
+    req.full_untruncated_fill_ids = array("q", [*req.origin_input_ids, *req.output_ids])
+    of(req).admit(req)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_request_that_its_grammar_has_ended_may_be_retracted_first(times: int) -> None:
+    """SGLang ends it a step later, and takes its memory in between if that runs short."""
+    case = Case((2, 3, 4, 9, 6, 7, 2, 3), 8, grammar=(None, 9))
+    for lengths in _every_cut(len(case.sequence) - 1):
+        req = _request(case, marked=True)
+        token_ids = commit(req, _cut(case.sequence, lengths))
+        req.output_ids.extend(token_ids)
+        req.update_finish_state(max(1, len(token_ids)))
+        _accept(req, token_ids)
+        assert req.to_finish is not None and not req.finished()
+        for _ in range(times):
+            _retract(req)
+        _end_doomed(req)
+        assert list(req.output_ids) == [2, 3, 4, 9], lengths
+        assert CommitLog.replay(of(req).log.as_json_records()) == of(req).log
+
+
+@pytest.mark.parametrize("retracted_before", [False, True])
+def test_an_aborted_request_may_be_retracted_before_it_ends(retracted_before: bool) -> None:
+    """By its client, by a timeout or because weights were updated; or by SGLang where no memory is left."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    case = Case((2, 3, 4, 5, 6, 7, 2, 3), 8, grammar=(None, None))
+    req = _request(case, marked=True)
+    req.output_ids.extend(commit(req, _cut(case.sequence[:6], [3, 2])))
+    if retracted_before:
+        _retract(req)
+    req.to_finish = FINISH_ABORT("gone")
+    _retract(req)
+    _end_doomed(req)
+    assert list(req.output_ids) == [2, 3, 4, 5, 6, 7]
+    kinds = [record["kind"] for record in of(req).log.as_json_records()]
+    assert kinds == ["prefill", "window", "window", *["retract"] * retracted_before, "release"]
+
+
+def _end_doomed(req: Req) -> None:
+    """The step in which SGLang ends a request: whatever passes decided meanwhile is not committed."""
+    of(req).decide(Verdict((5,), 0, 0, ends_prefill=True))
+    assert commit(req, list(of(req).verdicts)) == []
+    req.update_finish_state(0)
+    assert req.finished_reason.to_json()["type"] == "abort"
+    of(req).log.release("abort", len(req.output_ids))
 
 
 def test_checking_whole_windows_would_finish_differently(monkeypatch: pytest.MonkeyPatch) -> None:

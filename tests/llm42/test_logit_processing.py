@@ -33,6 +33,7 @@ def _req(**params: Any) -> Any:
     return types.SimpleNamespace(
         sampling_params=types.SimpleNamespace(**(defaults | params)),
         grammar=None,
+        to_finish=None,
         custom_logit_processor=None,
         tokenizer=tokenizer,
         output_ids=array("q"),
