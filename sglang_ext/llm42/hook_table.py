@@ -161,6 +161,13 @@ HOOKS: tuple[Hook, ...] = (
         "canonical passes on several GPUs: the fused kernel's algorithm follows the number of rows",
         module="collectives",
     ),
+    _row(
+        "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
+        Kind.AROUND,
+        "get_new_batch_prefill",
+        "updated weights are certified before a marked request begins with them",
+        module="weight_updates",
+    ),
     *(
         _row(
             f"{_WEIGHTS}.update_weights_from_{source}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ class DeterministicRequest:
         committed: one that follows the committed output, None without a grammar or if the request came back
             from a retraction only to be ended.
         row_params: the sampling parameters of each of its rows, once a row was sampled.
+        stop_tokens: ids that ``min_new_tokens`` holds back, once a row's logits were processed.
     """
 
     seed: int
@@ -71,17 +73,18 @@ class DeterministicRequest:
     insert_prompt: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    decided: list[int] = field(default_factory=list)
+    decided: array[int] = field(default_factory=lambda: array("q"))
     grammar: Any = None
     matcher: logit_processing.Matcher | None = None
     committed: logit_processing.Matcher | None = None
     row_params: RowParams | None = None
+    stop_tokens: tuple[int, ...] | None = None
 
     def admit(self, req: Req) -> LaneRequest:
         """Enter the lane: all known tokens have memory, the cached prefix has canonical KV in it."""
         cached = len(req.prefix_indices)
         self.prompt_logprobs.clear()
-        self.decided = list(req.output_ids)
+        self.decided = array("q", req.output_ids)
         self.follow_grammar(req)
         self.lane = LaneRequest(
             known_end=len(req.full_untruncated_fill_ids),
@@ -108,7 +111,7 @@ class DeterministicRequest:
     def decide(self, verdict: Verdict) -> None:
         """A pass decided the request's next tokens."""
         self.verdicts.append(verdict)
-        self.decided += verdict.tokens
+        self.decided.extend(verdict.tokens)
         for token in verdict.tokens:
             if self.matcher is not None:
                 self.matcher.follow(token)

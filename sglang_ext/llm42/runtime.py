@@ -449,21 +449,32 @@ class Runtime:
         Returns:
             The logits to sample from: ``logits`` itself, or its float32 copy.
         """
-        concerned = [row for row, req in enumerate(reqs) if logit_processing.required(req)]
-        if not concerned:
+        spans = [
+            span for span in _request_spans(reqs, earlier) if logit_processing.required(reqs[span.start])
+        ]
+        if not spans:
             return logits
         logits = logits.float()
-        for row in concerned:
-            req = reqs[row]
-            state = deterministic.of(req)
-            assert state is not None and state.lane is not None
-            first = (state.lane.base if state.lane.base is not None else state.lane.known_end) + 1
-            positions = torch.arange(first, first + earlier[row], device=self.device)
-            pool = torch.full_like(positions, req.req_pool_idx)
-            candidates = self._table.read(pool, positions)
-            view = logit_processing.RowView(state.decided, candidates, state.matcher)
-            logit_processing.apply(logits[row], req, view)
+        logit_processing.apply(
+            [
+                self._request_rows(logits[span.start : span.stop], reqs[span.start], earlier[span.start])
+                for span in spans
+            ]
+        )
         return logits
+
+    def _request_rows(self, logits: torch.Tensor, req: Req, earlier: int) -> logit_processing.RequestRows:
+        """Rows of ``req`` behind ``earlier``, ``earlier`` + 1 and so on of its candidates."""
+        state = deterministic.of(req)
+        assert state is not None and state.lane is not None
+        if state.stop_tokens is None:
+            state.stop_tokens = logit_processing.stop_tokens(req)
+        first = (state.lane.base if state.lane.base is not None else state.lane.known_end) + 1
+        positions = torch.arange(first, first + earlier + len(logits) - 1, device=self.device)
+        candidates = self._table.read(torch.full_like(positions, req.req_pool_idx), positions)
+        return logit_processing.RequestRows(
+            logits, req, state.decided, candidates, earlier, state.matcher, state.stop_tokens
+        )
 
     @staticmethod
     def _lane(req: Req) -> LaneRequest | None:
@@ -546,6 +557,17 @@ def consecutive_rows(firsts: Sequence[tuple[int, int, int, int]], counts: Sequen
     begins = repeats.cumsum(0) - repeats
     rows[:, 1:3] += (torch.arange(len(rows)) - begins.repeat_interleave(repeats))[:, None]
     return rows.T.contiguous()
+
+
+def _request_spans(reqs: Sequence[Req], earlier: Sequence[int]) -> list[range]:
+    """Rows that belong to one request and have one candidate more in front of each."""
+    spans: list[range] = []
+    for row, req in enumerate(reqs):
+        if spans and reqs[row - 1] is req and earlier[row] == earlier[row - 1] + 1:
+            spans[-1] = range(spans[-1].start, row + 1)
+        else:
+            spans.append(range(row, row + 1))
+    return spans
 
 
 def _row_params(req: Req) -> sampling.RowParams:

@@ -136,6 +136,70 @@ def test_batch_of_prompts_with_marks(client: openai.OpenAI) -> None:
         complete([True])
 
 
+PROMPT = "Tell me about the sea and its fish."
+MESSAGE = [{"role": "user", "content": PROMPT}]
+
+#: Path and body of every endpoint that generates; none has the mark in SGLang's own model. Not ``/api/chat``:
+#: SGLang 0.5.17 gives transformers 5's encoding of a chat on as if it were token ids, and refuses it itself.
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "/generate": {"text": PROMPT, "sampling_params": {"max_new_tokens": 6}},
+    "/vertex_generate": {
+        "instances": [{"text": PROMPT}],
+        "parameters": {"sampling_params": {"max_new_tokens": 6}},
+    },
+    "/invocations": {"model": "m", "messages": MESSAGE, "max_tokens": 6},
+    "/v1/completions": {"model": "m", "prompt": PROMPT, "max_tokens": 6},
+    "/v1/chat/completions": {"model": "m", "messages": MESSAGE, "max_tokens": 6},
+    "/v1/responses": {"model": "m", "input": PROMPT, "max_output_tokens": 8},
+    "/v1/messages": {"model": "m", "messages": MESSAGE, "max_tokens": 6},
+    "/api/generate": {"model": "m", "prompt": PROMPT, "options": {"num_predict": 6, "seed": 3}},
+    "/v1/score": {"model": "m", "query": PROMPT, "items": [" Yes", " No"], "label_token_ids": [5, 6]},
+}
+
+
+def _deterministic_rows(server: Server, path: str, body: dict[str, Any]) -> int:
+    """Rows of canonical passes that one request took."""
+    server.flush_cache()
+    server.reset_statistics()
+    answer = server.post(path, body)
+    assert answer.status_code == 200, answer.text
+    figures = server.statistics()
+    return figures["prompt_tokens"] + figures["verify_total_tokens"]
+
+
+@pytest.mark.parametrize("path", list(ENDPOINTS))
+def test_every_endpoint_takes_the_mark(server: Server, path: str) -> None:
+    for stream in (False, True):
+        body = {**ENDPOINTS[path], "stream": stream}
+        assert _deterministic_rows(server, path, body) == 0
+        assert _deterministic_rows(server, path, {**body, "is_deterministic": False}) == 0
+        assert _deterministic_rows(server, path, {**body, "is_deterministic": True}) > 0
+    answer = server.post(path, {**ENDPOINTS[path], "stream": False, "is_deterministic": "yes"})
+    assert answer.status_code == 400 and "is_deterministic" in answer.text, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"model": "m", "input": PROMPT}),
+        ("/v1/classify", {"model": "m", "input": PROMPT}),
+        ("/encode", {"text": PROMPT}),
+        ("/classify", {"text": PROMPT}),
+    ],
+)
+def test_what_generates_nothing_cannot_be_marked(server: Server, path: str, body: dict[str, Any]) -> None:
+    answer = server.post(path, {**body, **MARK})
+    assert answer.status_code == 400 and "is_deterministic" in answer.text, answer.text
+
+
+def test_a_server_that_marks_everything_does_so_on_every_endpoint(smollm2: Path, logs: Path) -> None:
+    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192", "--llm42-mark-all")
+    with running(Server(smollm2, logs / "mark-all.log", flags)) as server:
+        for path, body in ENDPOINTS.items():
+            assert _deterministic_rows(server, path, body) > 0, path
+            assert _deterministic_rows(server, path, {**body, "is_deterministic": False}) == 0, path
+
+
 @sgl.function
 def advice(s: Any) -> None:
     """A program with marked and unmarked generations, two of the marked ones in forks."""

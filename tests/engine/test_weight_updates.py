@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 from determinism import run_alone
-from live_server import REQUEST_TIMEOUT_S, Request, Server, running
+from live_server import REQUEST_TIMEOUT_S, Request, SabotagedServer, Server, running
 from models import make_tokenizer, write_tiny_llama
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY, marked, random_prompts
 
@@ -131,6 +131,31 @@ def test_a_failed_update_changes_nothing(server: Server, tmp_path: Path) -> None
     answer = server.post("/update_weights_from_disk", {"model_path": str(tmp_path / "absent")})
     assert answer.status_code == 400
     assert [server.generate(subject)] == before and fingerprint(server) == known
+
+
+def test_updated_weights_are_certified_unasked(checkpoints: list[Path], logs: Path) -> None:
+    """Nobody looks at /server_info; while unmarked requests run, and when the new weights fail."""
+    [subject] = marked(random_prompts(1, 30, 30, seed=6), **SHORT)
+    [other] = [Request(prompt, False, LONG) for prompt in random_prompts(1, 30, 30, seed=7)]
+    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192", "--max-running-requests", "3")
+    server = SabotagedServer(checkpoints[0], logs / "certified.log", flags, ONE_THREAD)
+    with running(server), ThreadPoolExecutor() as pool:
+        before = run_alone(server, [subject])
+        running_ = pool.submit(server.generate, other)
+        time.sleep(0.3)
+        with paused(server, "in_place"):
+            update(server, checkpoints[1])
+        assert [server.generate(subject)] != before and len(running_.result().token_ids) == 600
+        assert server.log.read_text(errors="replace").count("canonical fingerprint") == 2
+        with server.broken("torch_attention"):
+            update(server, checkpoints[0])
+            for _ in range(2):
+                status, text = _status_of(server, subject)
+                assert status == 503 and "row invariance" in text
+                assert len(server.generate(other).token_ids) == 600
+            assert fingerprint(server) is None
+        update(server, checkpoints[0])
+        assert [server.generate(subject)] == before
 
 
 def _status_of(server: Server, request: Request) -> tuple[int, str]:

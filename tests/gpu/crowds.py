@@ -14,6 +14,10 @@ def prompt(seed: int, length: int | None = None) -> list[int]:
     return [choice.randrange(2, VOCABULARY) for _ in range(length or choice.randint(5, 200))]
 
 
+#: All that count the output's tokens. ``min_new_tokens`` needs a tokenizer, which these engines have not.
+PENALTIES = {"frequency_penalty": 0.2, "presence_penalty": 0.1, "repetition_penalty": 1.1}
+
+
 def sampling(index: int, marked: bool) -> dict[str, Any]:
     """Sampling parameters of request ``index``: greedy, or sampled with a seed of its own."""
     params: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
@@ -24,11 +28,11 @@ def sampling(index: int, marked: bool) -> dict[str, Any]:
     return {**params, "is_deterministic": True} if marked else params
 
 
-def run(engine: Any, work: list[tuple[int, bool]]) -> list[dict[str, Any]]:
-    """Outputs of (number of the request, whether it is marked)."""
+def run(engine: Any, work: list[tuple[int, bool]], **more: Any) -> list[dict[str, Any]]:
+    """Outputs of (number of the request, whether it is marked); ``more`` sampling parameters for all."""
     outputs = engine.generate(
         input_ids=[prompt(number) for number, _ in work],
-        sampling_params=[sampling(*item) for item in work],
+        sampling_params=[sampling(*item) | more for item in work],
     )
     assert len(outputs) == len(work)
     assert all(len(output["output_ids"]) == NEW_TOKENS for output in outputs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crowds import VOCABULARY, check_crowds, run
+from crowds import PENALTIES, VOCABULARY, check_crowds, run
 from models import write_tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -86,9 +86,22 @@ def test_marked_output_is_the_same_alone_and_in_crowds(engine: Any) -> None:
     check_crowds(engine, crowds=4)
 
 
-def test_a_step_that_consumes_nothing_waits_for_nothing(engine: Any, watch_file: Path) -> None:
+def test_penalised_output_is_the_same_alone_and_in_a_crowd(engine: Any) -> None:
+    alone = [run(engine, [(number, True)], **PENALTIES)[0]["output_ids"] for number in range(4)]
+    plain = [run(engine, [(number, True)])[0]["output_ids"] for number in range(4)]
+    assert all(one != other for one, other in zip(alone, plain, strict=True)), "penalties changed nothing"
+    engine.flush_cache()
+    crowd = run(engine, [(number, number < 4 or number % 2 == 0) for number in range(30)], **PENALTIES)
+    assert [output["output_ids"] for output in crowd[:4]] == alone
+
+
+@pytest.mark.parametrize("penalties", [{}, PENALTIES], ids=["plain", "penalised"])
+def test_a_step_that_consumes_nothing_waits_for_nothing(
+    engine: Any, watch_file: Path, penalties: dict[str, float]
+) -> None:
+    # Totals are of an engine's whole life, the requests of earlier tests included.
     watch_file.unlink(missing_ok=True)
-    run(engine, [(number, number % 3 != 0) for number in range(30)])
+    run(engine, [(number, number % 3 != 0) for number in range(30)], **penalties)
     totals = json.loads(watch_file.read_text())
     assert totals["passes"] > 5 and totals["consuming_steps"] > 5
     if engine.kind == "beside":

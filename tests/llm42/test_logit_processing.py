@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ext.llm42 import logit_processing
-from sglang_ext.llm42.logit_processing import Matcher, RowView
+from sglang_ext.llm42.logit_processing import Matcher, RequestRows
 from sglang_ext.llm42.request import DeterministicRequest
 
 VOCABULARY = 12
@@ -40,8 +41,29 @@ def _req(**params: Any) -> Any:
     )
 
 
-def _view(decided: list[int], candidates: list[int], grammar: Matcher | None = None) -> RowView:
-    return RowView(decided, torch.tensor(candidates, dtype=torch.int64), grammar)
+def _apply(
+    logits: torch.Tensor,
+    req: Any,
+    decided: Sequence[int],
+    candidates: list[int],
+    grammar: Matcher | None = None,
+    earlier: int | None = None,
+) -> None:
+    """Process the row behind all candidates, or several in turn, the first behind ``earlier`` of them."""
+    rows = logits if logits.dim() == 2 else logits[None]
+    logit_processing.apply(
+        [
+            RequestRows(
+                rows,
+                req,
+                array("q", decided),
+                torch.tensor(candidates, dtype=torch.int64),
+                len(candidates) if earlier is None else earlier,
+                grammar,
+                logit_processing.stop_tokens(req),
+            )
+        ]
+    )
 
 
 def _sglang(logits: torch.Tensor, req: Any, output: list[int]) -> torch.Tensor:
@@ -113,7 +135,7 @@ def test_a_row_is_penalised_like_the_same_output_decoded_alone(
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
     expected = _sglang(logits, req, output)
     row = logits.clone()
-    logit_processing.apply(row, req, _view(output[:cut], output[cut:]))
+    _apply(row, req, output[:cut], output[cut:])
     torch.testing.assert_close(row, expected)
 
 
@@ -125,9 +147,45 @@ def test_bits_do_not_depend_on_which_tokens_are_still_candidates(output: list[in
     rows = []
     for cut in range(len(output) + 1):
         row = logits.clone()
-        logit_processing.apply(row, req, _view(output[:cut], output[cut:]))
+        _apply(row, req, output[:cut], output[cut:])
         rows.append(row)
     assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+@given(
+    decided=tokens,
+    candidates=tokens,
+    data=st.data(),
+    frequency=st.sampled_from([0.0, 0.3]),
+    repetition=st.sampled_from([1.0, 1.7]),
+    minimum=st.integers(0, 12),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=60)
+def test_rows_processed_together_have_the_bits_of_each_alone(
+    decided: list[int],
+    candidates: list[int],
+    data: st.DataObject,
+    frequency: float,
+    repetition: float,
+    minimum: int,
+    seed: int,
+) -> None:
+    req = _req(
+        frequency_penalty=frequency,
+        presence_penalty=0.2,
+        repetition_penalty=repetition,
+        min_new_tokens=minimum,
+        logit_bias={"5": -2.5},
+    )
+    earlier = data.draw(st.integers(0, len(candidates)))
+    rows = len(candidates) - earlier + 1
+    logits = torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+    together = logits.clone()
+    _apply(together, req, decided, candidates, earlier=earlier)
+    for row in range(rows):
+        _apply(logits[row], req, decided, candidates[: earlier + row])
+    assert torch.equal(together, logits)
 
 
 def test_a_request_without_any_processing_is_left_alone() -> None:
@@ -207,7 +265,7 @@ class _Brittle(_Digits):
 
 def _forbidden(matcher: Matcher, candidates: list[int]) -> list[int]:
     row = torch.zeros(VOCABULARY)
-    logit_processing.apply(row, _req(), _view([], candidates, matcher))
+    _apply(row, _req(), [], candidates, matcher)
     return row.isinf().nonzero().flatten().tolist()
 
 
@@ -274,8 +332,7 @@ def test_a_retracted_request_goes_on_in_its_grammar(
 
     def allowed(candidates: str) -> set[str]:
         row = torch.zeros(len(tokenizer))
-        view = _view(state.decided, ids(candidates), state.matcher)
-        logit_processing.apply(row, req, view)
+        _apply(row, req, state.decided, ids(candidates), state.matcher)
         return {*tokenizer.convert_ids_to_tokens(row.isfinite().nonzero().flatten().tolist())} & {*"abcxyz"}
 
     state.admit(req)
@@ -302,6 +359,6 @@ def test_a_custom_processor_sees_the_row_own_output() -> None:
     req.custom_logit_processor = Forbid.to_str()
     req.sampling_params.custom_params = {"__req__": req}
     row = torch.zeros(VOCABULARY)
-    logit_processing.apply(row, req, _view([2, 3], [7]))
+    _apply(row, req, [2, 3], [7])
     assert row.isinf().nonzero().flatten().tolist() == [2, 3, 7]
     assert len(req.output_ids) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import types
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -27,7 +28,16 @@ from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE, REQUEST_KEY
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.sampling import derive_seed
-from sglang_ext.llm42.server import endpoints, intake, internal_state, marks, openai, refusals, reports
+from sglang_ext.llm42.server import (
+    bodies,
+    endpoints,
+    intake,
+    internal_state,
+    marks,
+    openai,
+    refusals,
+    reports,
+)
 
 VOCABULARY = 100
 
@@ -488,6 +498,161 @@ def test_other_openai_requests_pass() -> None:
     assert _openai(request, marked_body) is request
     completion = CompletionRequest(prompt="a")
     assert _openai(completion, None) is completion and completion.custom_params is None
+
+
+# Bodies
+
+
+def _http(body: Any, content_type: str = "application/json") -> Any:
+    """A request as an endpoint gets it, its body unread."""
+    from starlette.requests import Request
+
+    async def receive() -> dict[str, Any]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    headers = [(b"content-type", content_type.encode())]
+    return Request({"type": "http", "method": "POST", "headers": headers}, receive)
+
+
+def _over_http(obj: Any, body: Any, manager: Any = None, **more: Any) -> Any:
+    """``obj`` as SGLang's ``generate_request`` would get it of an endpoint that dropped the mark."""
+    seen: list[Any] = []
+
+    async def original(manager: Any, obj: Any, request: Any) -> AsyncGenerator[Any, None]:
+        seen.append(obj)
+        yield {}
+
+    async def first() -> Any:
+        request = _http(body, **more)
+        return await intake.generate_request(original, manager or _manager(), obj, request).__anext__()
+
+    asyncio.run(first())
+    return seen[0]
+
+
+def _said(body: Any, params: Any = None, **fields: Any) -> Any:
+    fields = fields or {"text": "a"}
+    params = _over_http(GenerateReqInput(sampling_params=params, **fields), body).sampling_params
+    if isinstance(params, list):
+        return [marks.mark_of(each) for each in params]
+    return marks.mark_of(params or {})
+
+
+@pytest.mark.parametrize("mark", [True, False, None])
+def test_a_mark_in_the_body_reaches_every_endpoint(mark: bool | None) -> None:
+    assert _said({"is_deterministic": mark}, {"temperature": 0.5}) is mark
+    assert _said({"is_deterministic": [mark]}) is mark
+    assert _said({"is_deterministic": mark}, None, text=["a", "b"]) in ([mark] * 2, None)
+    assert _custom_of_http({"is_deterministic": mark}) is (mark is True)
+
+
+def _custom_of_http(body: Any) -> bool:
+    obj = _over_http(GenerateReqInput(input_ids=[1, 2, 3]), body)
+    obj.normalize_batch_and_arguments()
+    return bool(_custom(obj))
+
+
+def test_marks_in_the_body_for_each_prompt() -> None:
+    body = {"is_deterministic": [True, False, None]}
+    assert _said(body, {"n": 2}, text=["a", "b", "c"]) == [True, False, None]
+    assert _said(body, None, input_ids=[[1], [2], [3]]) == [True, False, None]
+    assert _said(body, [{}, {"is_deterministic": True}, {}], text=["a", "b", "c"]) == [True, True, None]
+    vertex = {"instances": [{"text": "a", "is_deterministic": True}, {"text": "b"}]}
+    assert _said(vertex, None, text=["a", "b"]) == [True, None]
+    assert _said({"instances": [{"text": "a"}]}, None, text=["a"]) is None
+    for wrong in ({"text": "a"}, {"text": ["a", "b"]}, {"input_ids": [1, 2, 3]}):
+        with pytest.raises(ValueError, match="is_deterministic holds 3 values"):
+            _said(body, None, **wrong)
+
+
+def test_sampling_parameters_say_more_than_the_body() -> None:
+    assert _said({"is_deterministic": True}, {"is_deterministic": False}) is False
+    assert _said({"is_deterministic": False}, {"custom_params": {"llm42": True}}) is True
+
+
+@pytest.mark.parametrize("mark", ["yes", 1, {}, [True, "yes"]])
+def test_a_wrong_mark_in_the_body_is_named(mark: Any) -> None:
+    with pytest.raises(ValueError, match=r"is_deterministic.* must be true or false"):
+        _said({"is_deterministic": mark})
+
+
+@pytest.mark.parametrize("body", [b"", b"no json", ["is_deterministic"], "is_deterministic"])
+def test_bodies_without_fields_say_nothing(body: Any) -> None:
+    assert _said(body) is None
+
+
+def test_a_form_may_hold_the_mark() -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="is_deterministic"\r\n\r\n%s\r\n--x--\r\n'
+    kind = "multipart/form-data; boundary=x"
+    for word, mark in ((b"true", True), (b"false", False)):
+        obj = _over_http(GenerateReqInput(text="", sampling_params={}), form % word, content_type=kind)
+        assert marks.mark_of(obj.sampling_params) is mark
+    with pytest.raises(ValueError, match="is_deterministic must be true or false"):
+        _over_http(GenerateReqInput(text="", sampling_params={}), form % b"1", content_type=kind)
+
+
+def test_what_generates_nothing_cannot_be_marked() -> None:
+    for body, params in (({"is_deterministic": True}, {}), ({}, {"is_deterministic": True})):
+        with pytest.raises(ValueError, match="is_deterministic is for generated tokens"):
+            _over_http(EmbeddingReqInput(text="a", sampling_params=params), body)
+    for body in ({"is_deterministic": False}, {}):
+        obj = EmbeddingReqInput(text="a")
+        assert _over_http(obj, body, _manager(llm42_mark_all=True)) is obj
+
+
+def test_requests_of_an_engine_have_no_body() -> None:
+    seen: list[Any] = []
+    obj = GenerateReqInput(text="a")
+    intake.generate_request(lambda manager, *args: seen.append(args), _manager(), obj, None)
+    assert seen == [(obj, None)]
+
+
+class _Endpoint:
+    """A serving handler of SGLang's."""
+
+    def __init__(self, manager: Any) -> None:
+        self.tokenizer_manager = manager
+        self.openai_serving_chat = self
+
+    def create_error_response(self, message: str, param: str) -> str:
+        return message
+
+    def _error_response(self, status_code: int, error_type: str, message: str) -> str:
+        return message
+
+
+@pytest.mark.parametrize("around", ["create_responses", "handle_messages", "handle_ollama"])
+def test_wrong_marks_are_refused_before_a_stream_begins(around: str) -> None:
+    async def original(serving: Any, request: Any, raw_request: Any) -> str:
+        return "begun"
+
+    def answer(mark: Any, manager: Any, **request: Any) -> str:
+        call = getattr(bodies, around)
+        given = types.SimpleNamespace(options=request)
+        found = asyncio.run(call(original, _Endpoint(manager), given, _http({"is_deterministic": mark})))
+        return found if isinstance(found, str) else json.loads(found.body)["error"]
+
+    without = _manager(enable_llm42=False)
+    assert answer(True, _manager()) == answer(None, without) == answer(False, without) == "begun"
+    assert "must be true or false" in answer("yes", _manager())
+    assert "--enable-llm42" in answer(True, without)
+    if around == "handle_ollama":
+        assert "--enable-llm42" in answer(None, without, is_deterministic=True)
+        assert "must be true or false" in answer(None, without, is_deterministic=1)
+
+
+def test_ollama_options_hold_mark_and_seed() -> None:
+    from sglang.srt.entrypoints.ollama.serving import OllamaServing
+
+    def params(**options: Any) -> dict[str, Any]:
+        made = OllamaServing._convert_options_to_sampling_params(None, options)  # type: ignore[arg-type]
+        return bodies.ollama_sampling_params(made, None, options)
+
+    marked = params(is_deterministic=True, seed=5, num_predict=3)
+    assert marked == {"is_deterministic": True, "sampling_seed": 5, "max_new_tokens": 3}
+    assert _tokenize(_request(marked)).sampling_params.sampling_seed == 5
+    assert params(temperature=0.5, num_predict=3) == {"temperature": 0.5, "max_new_tokens": 3}
 
 
 # Reports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,9 +10,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sglang_ext.llm42 import canonical_pass, runtime, sampling
+from sglang_ext.llm42 import canonical_pass, logit_processing, runtime, sampling
 from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment
 from sglang_ext.llm42.lane import LaneRequest, SegmentKind
+from sglang_ext.llm42.logit_processing import RequestRows
 from sglang_ext.llm42.request import DeterministicRequest
 from sglang_ext.llm42.runtime import DecodeStep, Runtime, consecutive_rows
 from sglang_ext.llm42.sampling import RowParams, SamplingRows
@@ -22,30 +24,40 @@ POOL, VOCABULARY, CAPACITY = 20, 50, 8
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Everything that was sent."""
+    """Everything that was sent, and only by ``to_device``: ``torch.tensor`` would wait for the device."""
     sent: list[Any] = []
+    made = torch.tensor
 
     def counting(values: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         sent.append(values)
-        return to_device(values, *args, **kwargs)
+        with monkeypatch.context() as within:
+            within.setattr(torch, "tensor", made)
+            return to_device(values, *args, **kwargs)
 
-    for module in (canonical_pass, runtime, sampling):
+    def on_host(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        assert device is None, "a copy that a GPU would wait for"
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", on_host)
+    for module in (canonical_pass, logit_processing, runtime, sampling):
         monkeypatch.setattr(module, "to_device", counting)
     return sent
 
 
-def _request(pool: int, marked: bool = True, temperature: float = 0.0) -> Any:
+def _request(pool: int, marked: bool = True, temperature: float = 0.0, **more: Any) -> Any:
     params = SimpleNamespace(
         temperature=temperature,
         top_k=-1,
         top_p=0.9,
         min_p=0.0,
-        frequency_penalty=0.0,
-        presence_penalty=0.0,
-        repetition_penalty=1.0,
-        min_new_tokens=0,
-        logit_bias=None,
+        frequency_penalty=more.pop("frequency_penalty", 0.0),
+        presence_penalty=more.pop("presence_penalty", 0.0),
+        repetition_penalty=more.pop("repetition_penalty", 1.0),
+        min_new_tokens=more.pop("min_new_tokens", 0),
+        stop_token_ids=more.pop("stop_token_ids", None),
+        logit_bias=more.pop("logit_bias", None),
     )
+    assert not more, more
     state = None
     if marked:
         lane = LaneRequest(known_end=4, max_end=40, canonical_end=0)
@@ -53,7 +65,12 @@ def _request(pool: int, marked: bool = True, temperature: float = 0.0) -> Any:
         lane.prompt_done(4)
         state = DeterministicRequest(seed=pool, seed_is_default=False, lane=lane)
     return SimpleNamespace(
-        req_pool_idx=pool, llm42=state, sampling_params=params, grammar=None, custom_logit_processor=None
+        req_pool_idx=pool,
+        llm42=state,
+        sampling_params=params,
+        grammar=None,
+        custom_logit_processor=None,
+        tokenizer=None,
     )
 
 
@@ -169,6 +186,70 @@ def test_rows_of_segments_follow_each_other(
     assert [tuple(row) for row in found.T.tolist()] == expected
 
 
+PENALISED: list[dict[str, Any]] = [
+    {"frequency_penalty": 0.5, "presence_penalty": 0.25},
+    {"repetition_penalty": 1.5, "logit_bias": {"3": 1.5}},
+    {"min_new_tokens": 5, "stop_token_ids": {7, 8}},
+    {"repetition_penalty": 0.8, "min_new_tokens": 4, "stop_token_ids": {9}},
+]
+
+
+def _decoded(pool: int, decided: list[int], **more: Any) -> Any:
+    req = _request(pool, **more)
+    req.llm42.decided = array("q", decided)
+    return req
+
+
+def test_a_decode_step_of_penalised_rows_takes_one_copy_more(engine: Runtime, copies: list[Any]) -> None:
+    step, batch = _step(engine)
+    for row, more in zip((1, 4, 5), PENALISED, strict=False):
+        pool = step.reqs[row].req_pool_idx
+        step.reqs[row] = _decoded(pool, [1, 2, 2], **more)
+    engine._feed_candidates(step, batch)
+    _sampled(engine, step)
+    assert len(copies) == 4
+
+
+@pytest.mark.parametrize("decided", [[], [1, 2, 2, 30]])
+def test_rows_of_a_pass_are_penalised_alike_in_one_copy(
+    engine: Runtime, copies: list[Any], decided: list[int]
+) -> None:
+    """Each verified row as if the request had ended before it; a neighbour without penalties stays alone."""
+    reqs = [_decoded(12 + number, decided, **more) for number, more in enumerate(PENALISED)]
+    candidates = [31, 2, 31]
+    for req in reqs:
+        for position, token in enumerate(candidates, req.llm42.lane.known_end + 1):
+            pool = torch.tensor([req.req_pool_idx])
+            engine._table.write(pool, torch.tensor([position]), torch.tensor([token]))
+    rows = [*((req, earlier) for req in reqs for earlier in range(4)), (_request(17), 0), (reqs[0], 2)]
+    logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    found = engine._process(logits.clone(), [req for req, _ in rows], [earlier for _, earlier in rows])
+    assert len(copies) == 1
+    for row, (req, earlier) in enumerate(rows):
+        expected, params = logits[row].clone(), req.sampling_params
+        output = [*req.llm42.decided, *candidates[:earlier]]
+        for token in set(output):
+            expected[token] -= params.frequency_penalty * output.count(token)
+            expected[token] -= params.presence_penalty
+            scale = params.repetition_penalty
+            expected[token] *= scale if expected[token] < 0 else 1 / scale
+        for token in (params.stop_token_ids or ()) if len(output) < params.min_new_tokens else ():
+            expected[token] = float("-inf")
+        for token, bias in (params.logit_bias or {}).items():
+            expected[int(token)] += bias
+        torch.testing.assert_close(found[row], expected)
+
+
+def test_stop_tokens_are_looked_up_once(engine: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[Any] = []
+    original = logit_processing.stop_tokens
+    monkeypatch.setattr(logit_processing, "stop_tokens", lambda req: looked_up.append(req) or original(req))
+    reqs = [_decoded(12 + number, [1], **more) for number, more in enumerate(PENALISED)]
+    for earlier in (0, 1, 2):
+        engine._process(torch.zeros(len(reqs), VOCABULARY), reqs, [earlier] * len(reqs))
+    assert looked_up == reqs
+
+
 CROWD = [
     RowParams(temperature=0.0),
     RowParams(temperature=0.7, top_k=5, seed=-(2**63)),
@@ -275,12 +356,22 @@ def test_a_pass_that_only_verifies_takes_one_copy(
 def test_transfers_to_a_gpu_wait_for_nothing() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
+    logits = torch.zeros(9, VOCABULARY, device="cuda")
+    candidates = torch.zeros(3, dtype=torch.int64, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
+        parts = []
+        for number, more in enumerate(PENALISED):
+            req = _request(12, **more)
+            stop_tokens, rows_of = logit_processing.stop_tokens(req), logits[2 * number : 2 * number + 2]
+            decided = array("q", [number])
+            parts.append(RequestRows(rows_of, req, decided, candidates, 2, None, stop_tokens))
+        logit_processing.apply(parts)
         rows = to_device(consecutive_rows([(0, 0, 5, 3), (1, 0, 9, 4)], [2, 3]), "cuda")
         numbers = to_device([[1, 2], [3, 4]], "cuda", torch.int64)
         SamplingRows.from_params(CROWD, "cuda", [1, 2, 3, 4])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert logits[4, 7].isinf() and not logits[5].isfinite().all() and logits[8].eq(0).all()
     assert rows.tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 1, 2], [5, 6, 9, 10, 11], [3, 3, 4, 4, 4]]
     assert numbers.tolist() == [[1, 2], [3, 4]]

@@ -8,9 +8,11 @@ from __future__ import annotations
 from sglang_ext.hook_types import Feature, Hook, Kind
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-_OPENAI = "sglang.srt.entrypoints.openai"
+_ENTRYPOINTS = "sglang.srt.entrypoints"
+_OPENAI = f"{_ENTRYPOINTS}.openai"
+_OLLAMA = f"{_ENTRYPOINTS}.ollama.serving.OllamaServing"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+_HTTP_SERVER = f"{_ENTRYPOINTS}.http_server"
 
 
 def _row(
@@ -25,7 +27,7 @@ HOOKS: tuple[Hook, ...] = (
         f"{_MANAGER}.generate_request",
         Kind.AROUND,
         "intake:generate_request",
-        "n and max_new_tokens of the wrong type end in a 500 before the request is tokenized",
+        "endpoints drop the field is_deterministic; n and max_new_tokens of the wrong type end in a 500",
     ),
     _row(
         Feature.MARKS,
@@ -47,6 +49,41 @@ HOOKS: tuple[Hook, ...] = (
         Kind.AFTER,
         "openai:build_sampling_params",
         "a list of marks gives each prompt of a batch its own",
+    ),
+    _row(
+        Feature.MARKS,
+        f"{_OPENAI}.serving_responses.OpenAIServingResponses.create_responses",
+        Kind.AROUND,
+        "bodies:create_responses",
+        "a stream there hides why a mark is refused",
+    ),
+    _row(
+        Feature.MARKS,
+        f"{_ENTRYPOINTS}.anthropic.serving.AnthropicServing.handle_messages",
+        Kind.AROUND,
+        "bodies:handle_messages",
+        "a stream there hides why a mark is refused",
+    ),
+    _row(
+        Feature.MARKS,
+        f"{_OLLAMA}.handle_chat",
+        Kind.AROUND,
+        "bodies:handle_ollama",
+        "whatever is refused ends in a 500 there",
+    ),
+    _row(
+        Feature.MARKS,
+        f"{_OLLAMA}.handle_generate",
+        Kind.AROUND,
+        "bodies:handle_ollama",
+        "whatever is refused ends in a 500 there",
+    ),
+    _row(
+        Feature.MARKS,
+        f"{_OLLAMA}._convert_options_to_sampling_params",
+        Kind.AFTER,
+        "bodies:ollama_sampling_params",
+        "it drops is_deterministic, and gives seed a name that SamplingParams does not know",
     ),
     _row(
         Feature.LLM42_SERVER,

@@ -8,19 +8,21 @@ and is passed on by the engine.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from sglang_ext.llm42.config import CANONICAL_NAMESPACE
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY
 from sglang_ext.llm42.request import DEFAULT_SEED
-from sglang_ext.llm42.server import fields
+from sglang_ext.llm42.server import bodies, fields
 from sglang_ext.llm42.server.marks import MARK_FIELD, is_marked, mark_of, with_mark
 from sglang_ext.llm42.server.refusals import refuse_unsupported
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
+    from starlette.requests import Request
 
 
 def generate_request(
@@ -31,6 +33,27 @@ def generate_request(
     Raises:
         ValueError: the mark is not a bool, or a field of a marked request is of the wrong type.
     """
+    from starlette.requests import Request
+
+    request = args[0] if args else kwargs.get("request")
+    if isinstance(request, Request):
+        return _generate_from_http(original, manager, obj, request)
+    _check_first(manager, obj)
+    return original(manager, obj, *args, **kwargs)
+
+
+async def _generate_from_http(
+    original: Callable[..., Any], manager: TokenizerManager, obj: Any, request: Request
+) -> AsyncGenerator[Any, None]:
+    """The same for a request that came over HTTP: its endpoint may have dropped the mark."""
+    bodies.apply(obj, await bodies.said_in(request))
+    _check_first(manager, obj)
+    async with aclosing(original(manager, obj, request)) as responses:
+        async for response in responses:
+            yield response
+
+
+def _check_first(manager: TokenizerManager, obj: Any) -> None:
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     if isinstance(obj, GenerateReqInput):
@@ -38,7 +61,6 @@ def generate_request(
         for params in given if isinstance(given, list) else [given]:
             if isinstance(params, dict) and _is_to_be_marked(manager, params):
                 fields.check_first(params)
-    return original(manager, obj, *args, **kwargs)
 
 
 def create_tokenized_object(

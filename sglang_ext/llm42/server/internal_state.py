@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
-from sglang_ext.doctor.certify import CertificationError
-from sglang_ext.llm42 import scheduler_hooks
-
-logger = logging.getLogger(__name__)
+from sglang_ext.llm42 import weight_updates
 
 #: Key of the counters in SGLang's internal state.
 STATE_KEY = "llm42"
@@ -20,7 +16,8 @@ CONFIGURATION_KEY = "llm42_configuration"
 #: Key of the scheduler's data-parallel rank: SGLang gathers the states in the order in which they arrive.
 RANK_KEY = "llm42_dp_rank"
 
-#: Key of the canonical fingerprint, likewise; null after an update of the weights until the server is idle.
+#: Key of the canonical fingerprint, likewise; null after an update of the weights until
+#: they are certified, and for good if that fails.
 FINGERPRINT_KEY = "llm42_fingerprint"
 
 #: Key of a request to set them to zero.
@@ -29,20 +26,11 @@ RESET_KEY = "llm42_reset_statistics"
 
 def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
     """After ``Scheduler.get_internal_state``: add the runtime's counters, digest and fingerprint."""
-    if scheduler.llm42_fingerprint is None and scheduler.is_fully_idle():
-        _certify_again(scheduler)
+    weight_updates.certify_if_idle(scheduler)
     result.internal_state[STATE_KEY] = scheduler.llm42.statistics.as_dict()
     result.internal_state[RANK_KEY] = scheduler.ps.dp_rank or 0
     result.internal_state[CONFIGURATION_KEY] = scheduler.llm42_configuration_digest
     result.internal_state[FINGERPRINT_KEY] = scheduler.llm42_fingerprint
-
-
-def _certify_again(scheduler: Any) -> None:
-    """Find the fingerprint of updated weights."""
-    try:
-        scheduler_hooks.certify(scheduler)
-    except CertificationError:
-        logger.exception("The updated weights cannot be certified: they have no canonical fingerprint")
 
 
 def set_internal_state(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:

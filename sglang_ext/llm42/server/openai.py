@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from sglang_ext.llm42.config import REQUEST_KEY
+from sglang_ext.llm42.server.bodies import number_of_prompts
 from sglang_ext.llm42.server.marks import MARK_FIELD, checked_mark, mark_in, with_mark
 
 
@@ -45,18 +46,11 @@ def _marks_of_prompts(request: Any, marks: list[Any]) -> bool | list[bool | None
     Raises:
         ValueError: there is not one bool for each prompt.
     """
-    prompts = _number_of_prompts(getattr(request, "prompt", None))
+    prompts = number_of_prompts(getattr(request, "prompt", None))
     if len(marks) != (prompts or 1):
         raise ValueError(f"{MARK_FIELD} holds {len(marks)} values for {prompts or 1} prompts.")
     checked = [checked_mark(mark, f"{MARK_FIELD}[{i}]") for i, mark in enumerate(marks)]
     return checked[0] if prompts is None else checked
-
-
-def _number_of_prompts(prompt: Any) -> int | None:
-    """Number of prompts in a batch; None for a single prompt, be it text or token ids (or a chat)."""
-    if not isinstance(prompt, list) or (prompt and isinstance(prompt[0], int)):
-        return None
-    return len(prompt)
 
 
 def build_sampling_params(params: dict[str, Any], serving: Any, request: Any) -> list[dict[str, Any]] | None:
