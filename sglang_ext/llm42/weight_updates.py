@@ -2,7 +2,7 @@
 
 Canonical KV belongs to the weights that computed it. After an update no cached prefix may serve a marked
 request, whether or not the caller asked SGLang to flush its cache, and a request that began under the old
-weights has no well-defined output: it ends with an error (DESIGN §2).
+weights has no well-defined output: it ends with an error (``docs/determinism.md``).
 """
 
 from __future__ import annotations
