@@ -14,6 +14,10 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+#: 3.11 is the oldest whose standard library we use. SGLang 0.5.17 pins outlines 0.1.11, and there is no wheel
+#: of its compiled part (outlines-core 0.1.26) for 3.13. scripts/environment.sh looks for the same versions.
+PYTHON = ">=3.11,<3.13"
+
 #: The one SGLang release whose internals our hooks were checked against (see sglang_ext/hooks.py).
 SGLANG = "sglang==0.5.17"
 
@@ -75,7 +79,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=PYTHON,
     packages=[*find_packages(include=["sglang_ext", "sglang_ext.*"]), "sglang_ext.cuda"],
     package_dir={"sglang_ext.cuda": "cuda"},
     package_data={"sglang_ext.cuda": ["*.cu", "*.cuh", "*.h", "*.cpp"]},

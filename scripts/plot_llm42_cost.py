@@ -2,7 +2,8 @@
 
     python scripts/plot_llm42_cost.py docs/benchmarks/llm42-cpu.csv docs/benchmarks/llm42-cpu.png
 
-Needs matplotlib, which nothing else here does. Exit status: 0, or 2 if the file lacks the comparison.
+Needs matplotlib (the other benchmarks leave their figure out without it). Exit status: 0, or 2 if the
+arguments are wrong, or the file cannot be read or lacks the comparison.
 """
 
 from __future__ import annotations

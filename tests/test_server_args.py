@@ -178,6 +178,7 @@ REFUSED: list[dict[str, Any]] = [
     {"enable_pdmux": True},
     {"tokenizer_worker_num": 2},
     {"smg_grpc_mode": True},
+    {"attention_backend": "fa3", "device": "cuda"},
     {"dllm_algorithm": "LowConfidence"},
     {"is_embedding": True},
     {"encoder_only": True},
@@ -206,6 +207,27 @@ def test_the_documentation_gives_the_reason_for_every_refusal() -> None:
         assert f"\n| {row.what} | {row.reason} | " in text, row.what
     for refusal in refusals.REFUSED_PER_REQUEST:
         assert f"\n| `{refusal.field}` | {refusal.reason} |\n" in text, refusal.field
+
+
+@pytest.mark.parametrize(
+    ("settings", "works"),
+    [
+        ({"attention_backend": "flashinfer"}, True),
+        ({"attention_backend": "triton"}, False),
+        ({"attention_backend": "flashinfer", "decode_attention_backend": "fa3"}, False),
+        ({"attention_backend": "fa3", "prefill_attention_backend": "flashinfer"}, False),
+        ({"prefill_attention_backend": "flashinfer", "decode_attention_backend": "flashinfer"}, True),
+    ],
+)
+def test_a_gpu_needs_flashinfer(settings: dict[str, Any], works: bool) -> None:
+    found = requirements.unsupported(_plain_arguments(device="cuda", **settings))
+    assert not found if works else "--attention-backend other than flashinfer" in " ".join(found)
+    assert not requirements.unsupported(_plain_arguments(device="cpu", **settings)), "a CPU has its own"
+
+
+def test_sessions_in_the_radix_cache_are_refused() -> None:
+    with pytest.raises(ValueError, match="--enable-session-radix-cache"):
+        ServerArgs(model_path=DUMMY, enable_llm42=True, enable_session_radix_cache=True)
 
 
 def _plain_arguments(**settings: Any) -> ServerArgs:

@@ -1,4 +1,4 @@
-"""The canonical pass: one model forward whose shape never changes (DESIGN §3).
+"""The canonical pass: one model forward whose shape never changes.
 
 Always G segments of W rows, the same kernels, the same number of logit rows. What varies is only which
 request's positions stand in which segment; every operator must give a row the same bits wherever it stands.

@@ -110,7 +110,7 @@ _DERIVED_KEYS = {
 
 
 class CommitLog:
-    """Append-only record of what is committed for one deterministic request (DESIGN §3, "Commit log").
+    """Append-only record of what is committed for one deterministic request.
 
     Every method checks its arguments before it changes anything and raises :class:`CommitLogError` when
     an invariant would break: commits only grow, a window commits at least one token, a rollback never

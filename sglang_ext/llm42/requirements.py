@@ -110,7 +110,7 @@ FLAGS: tuple[Unsupported, ...] = (
         "only SGLang's own radix cache keeps canonical KV apart",
     ),
     Unsupported(
-        "--enable-streaming-session",
+        "--enable-streaming-session or --enable-session-radix-cache",
         lambda args: args.enable_streaming_session or args.enable_session_radix_cache,
         "sessions carry KV from turn to turn that need not be canonical",
     ),
@@ -156,6 +156,12 @@ FLAGS: tuple[Unsupported, ...] = (
         "--smg-grpc-mode or --grpc-mode",
         lambda args: args.smg_grpc_mode or args.grpc_mode,
         "that server does not pass the place where requests are marked and checked",
+    ),
+    Unsupported(
+        "--attention-backend other than flashinfer on a GPU",
+        lambda args: args.device == "cuda" and {*args.get_attention_backends()} - {None, "flashinfer"},
+        "canonical passes use FlashInfer's kernel, and no other backend was tried beside it (SGLang's own "
+        "choice on Hopper is another, so the flag must be given)",
     ),
     Unsupported(
         "--dllm-algorithm", lambda args: args.dllm_algorithm, "diffusion models do not decode token by token"

@@ -2,7 +2,7 @@
 
 Canonical KV belongs to the weights that computed it. After an update no cached prefix may serve a marked
 request, whether or not the caller asked SGLang to flush its cache, and a request that began under the old
-weights has no well-defined output: it ends with an error (DESIGN §2).
+weights has no well-defined output: it ends with an error (``docs/determinism.md``).
 
 Row invariance was certified for the old weights as well. The first marked request after an update waits until
 the new ones are: no request is admitted until those that run have ended, for the certification borrows from

@@ -1,8 +1,8 @@
 """Keep the matrix products of one half off the multiprocessors that the fused kernel holds.
 
 A product planned for all multiprocessors waits for those that the kernel sits on, at the end of its last
-wave. On an H100 a block of products beside the kernel with 8 thread blocks took 1.22 to 1.43 times its time
-alone as it is, and 1.06 to 1.12 times when planned for the remaining multiprocessors; with 2, 4 or 16 blocks
+wave. On an H100 a block of products beside the kernel with 8 thread blocks took 1.18 to 1.43 times its time
+alone as it is, and 1.03 to 1.12 times when planned for the remaining multiprocessors; with 2, 4 or 16 blocks
 the plan did not help (``docs/benchmarks/tokenweave_resident.csv``).
 """
 

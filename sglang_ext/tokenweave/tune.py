@@ -2,9 +2,10 @@
 
     python -m sglang_ext.tokenweave.tune --model-path MODEL --tp-size 8
 
-Takes a minute or two. The time of every token count on a grid is measured once, on one GPU; each cut's cost
-is then the sum of two entries, so no pairs need to be measured. Where the machine has as many GPUs as ranks,
-the fused step is measured between them as well; elsewhere the server assumes published times.
+The time of every token count on a grid is measured once, on one GPU; each cut's cost is then the sum of two
+entries, so no pairs need to be measured (9 s for the shards of a 70B Llama, see ``docs/tokenweave.md``).
+Where the machine has as many GPUs as ranks, the fused step is measured between them as well; elsewhere the
+server assumes published times.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Digest of what, beside the request and the weights, a deterministic output depends on (DESIGN §2).
+"""Digest of what, beside the request and the weights, a deterministic output depends on.
 
-It tells two configurations apart that cannot be expected to agree. It does not read the weights: their
-version stands beside it in the commit log.
+It tells two configurations apart that cannot be expected to agree (``docs/determinism.md``). It does not
+read the weights: their version stands beside it in the commit log.
 """
 
 from __future__ import annotations
