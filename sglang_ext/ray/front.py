@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--api-key",
         default=os.environ.get(API_KEY),
-        help=f"of the replicas: checked before a body is read, needed to compare them (or variable {API_KEY})",
+        help=f"of the replicas: checked before a body is read, needed to compare them (or in {API_KEY})",
     )
     parser.add_argument(
         "--share-port",

@@ -5,8 +5,8 @@ SGLang sends status 200 before a stream's first token, so what would be status 5
 - ``/generate``: ``{"meta_info": {"finish_reason": {"type": "abort", "status_code": 503, ...}}, ...}``
 - ``/v1/completions``, ``/v1/chat/completions``: ``{"error": {"code": 503, ...}}``
 
-It means a lost rank (:mod:`sglang_ext.ray.watch`), a full queue, a wait that was too long: another replica may
-be asked. An abort without a status was asked for by an operator (``/abort_request``, of one request or of
+It means a lost rank (:mod:`sglang_ext.ray.watch`), a full queue, a wait that was too long: another replica
+may be asked. An abort without a status was asked for by an operator (``/abort_request``, of one request or of
 all, which cannot be told apart) and reaches the client, as it does where nothing is streamed.
 """
 

@@ -80,7 +80,12 @@ def passed_on(headers: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
     found = CIMultiDict(headers)
     named = ",".join(found.getall("Connection", ())).lower().split(",")
     dropped = NOT_PASSED_ON.union(name.strip() for name in named)
-    return CIMultiDict((name, value) for name, value in found.items() if name.lower() not in dropped)
+    spelled: dict[str, str] = {}  # aiohttp's client keeps repeated ones only where they are spelled alike
+    return CIMultiDict(
+        (spelled.setdefault(name.lower(), name), value)
+        for name, value in found.items()
+        if name.lower() not in dropped
+    )
 
 
 class Refused(Exception):

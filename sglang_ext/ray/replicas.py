@@ -3,8 +3,8 @@
     python -m sglang_ext.ray.replicas --replicas 4 --port 30000 -- --model-path ... --tp-size 8 --enable-llm42
 
 What stands behind ``--`` is the command line of ``sglang_ext.launch_server`` for each replica. Requests are
-distributed by :mod:`sglang_ext.ray.front`. Replicas are compared before the address opens: same versions, flags,
-configuration and canonical fingerprint, so a deterministic request gets the same output from any of them,
+distributed by :mod:`sglang_ext.ray.front`. Replicas are compared before the address opens: same versions,
+flags, configuration and canonical fingerprint, so a deterministic request gets the same output from any of them,
 also when a second one is tried because the first was lost. A replica restarts by itself and is compared again
 before it gets requests. One that is lost for good is left out; the service ends when none is left.
 """
@@ -208,9 +208,7 @@ class Replicas:
 
     def _tell_silent(self, silent: set[str]) -> None:
         for url in sorted(silent - self._silent):
-            _say(
-                f"the actor of the replica at {url} does not answer; waiting for Ray to find it or its node lost"
-            )
+            _say(f"the actor of the replica at {url} does not answer; waiting for what Ray finds")
         self._silent = silent
 
     def require_all(self) -> None:
