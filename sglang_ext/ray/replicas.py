@@ -4,9 +4,9 @@
 
 What stands behind ``--`` is the command line of ``sglang_ext.launch_server`` for each replica. Requests are
 distributed by :mod:`sglang_ext.ray.front`. Replicas are compared before the address opens: same versions,
-flags, configuration and canonical fingerprint, so a deterministic request gets the same output from any of them,
-also when a second one is tried because the first was lost. A replica restarts by itself and is compared again
-before it gets requests. One that is lost for good is left out; the service ends when none is left.
+flags, configuration and canonical fingerprint, so a deterministic request gets the same output from any of
+them, also when a second one is tried because the first was lost. A replica restarts by itself and is compared
+again before it gets requests. One that is lost for good is left out; the service ends when none is left.
 """
 
 from __future__ import annotations

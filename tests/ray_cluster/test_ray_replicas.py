@@ -96,7 +96,7 @@ def test_a_lost_replica_is_left_out_and_the_last_one_ends_the_service(
 @pytest.mark.usefixtures("_without_cluster")
 def test_while_they_start_all_are_needed() -> None:
     those = replicas.Replicas({"http://a": _Actor(), "http://b": _Actor(3)})
-    with pytest.raises(replicas.ReplicaError, match="http://b .*status 3"):
+    with pytest.raises(replicas.ReplicaError, match=r"http://b .*status 3"):
         those.require_all()
 
 
