@@ -5,8 +5,9 @@
 Requests and answers pass byte for byte. SGLang's own router reads a request into its own types and writes it
 anew, which takes ``is_deterministic`` out of ``/generate`` and ``/v1/chat/completions`` without a word
 (docs/ray.md), so it cannot stand before a server with deterministic requests. A request that a lost replica
-has not begun to answer goes to another one; a deterministic request gets the same output there. This process
-imports neither torch nor SGLang nor Ray.
+has not begun to answer goes to another one; a deterministic request gets the same output there, because a
+replica is compared with the others before it gets requests, and again after each time that it was gone. This
+process imports neither torch nor SGLang nor Ray.
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ import argparse
 import asyncio
 import hashlib
 import itertools
+import json
 import logging
+import os
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping, Sequence
 from http import HTTPStatus
+from typing import Any
 
-from aiohttp import (
-    ClientConnectionError,
-    ClientError,
-    ClientResponse,
-    ClientSession,
-    ClientTimeout,
-    TCPConnector,
-    web,
+from aiohttp import ClientConnectionError, ClientError, ClientResponse, web
+from multidict import CIMultiDict
+
+from sglang_ext.ray import agreement
+from sglang_ext.ray.front_events import first_event, is_refusal
+from sglang_ext.ray.front_replica import (
+    DIFFERS,
+    NOT_COMPARED,
+    REFUSES_CONNECTIONS,
+    SILENT,
+    Look,
+    NoAccess,
+    Replica,
 )
+from sglang_ext.ray.front_requests import Bodies, Refused, key_check, passed_on, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -68,85 +77,55 @@ PASSED_ON = (
 
 STATISTICS = "/llm42_stats"
 
-#: Largest request body, in bytes: prompts may hold images.
-MAX_BODY_BYTES = 512 * 2**20
-
-#: Seconds to connect; between looks at a replica; that a look may take. This many looks in a row without an
-#: answer, and the replica is taken for lost: requests that it has not answered go to another one.
-CONNECT_TIMEOUT_S = 5.0
+#: Seconds between looks at a replica. This many looks in a row without an answer, and the replica is taken
+#: for lost: requests that it has not answered go to another one. One that refuses connections has no process
+#: any more and gets no request from the first such look on.
 LOOK_EVERY_S = 1.0
-LOOK_TIMEOUT_S = 5.0
 LOOKS = 3
 
-#: Seconds after which an idle connection is closed, before SGLang does (5 s, SGLANG_TIMEOUT_KEEP_ALIVE): a
-#: request that crosses its closing would look like a lost replica.
-KEEP_ALIVE_S = 3.0
+#: Seconds for the first looks, before the address opens.
+FIRST_LOOKS_S = 5.0
 
-#: Of one hop only (RFC 9110, 7.6.1), or set anew by aiohttp for each hop.
-NOT_PASSED_ON = frozenset(
-    ("connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
-)
+#: Seconds before a replica that differs is compared again: its weights may be updated a moment later than the
+#: others'.
+COMPARE_EVERY_S = 10.0
 
+#: Variables of :mod:`sglang_ext.ray.replicas`, which are not seen in lists of processes: the replicas' API
+#: key, and the identity (:mod:`sglang_ext.ray.identity`, as JSON) that they had at the start.
+API_KEY = "SGLANG_EXT_FRONT_API_KEY"
+EXPECTED = "SGLANG_EXT_FRONT_EXPECTED"
 
-@dataclass
-class Replica:
-    """One server.
+#: Headers that aiohttp would add where the client sent none.
+NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
-    Attributes:
-        number: in the order of the command line.
-        url: without a path.
-        up: whether it gets requests.
-        in_flight: requests that it has.
-        silent: looks in a row that it did not answer.
-    """
-
-    number: int
-    url: str
-    up: bool = True
-    in_flight: int = 0
-    silent: int = 0
-    session: ClientSession = field(init=False)
-
-    def connect(self) -> None:
-        """Have new connections; on the event loop."""
-        timeout = ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        self.session = ClientSession(
-            connector=TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-            timeout=timeout,
-            auto_decompress=False,  # bytes are passed on as they come
-        )
-
-    async def lose(self) -> None:
-        """Stop using it, and end what is under way on its connections."""
-        if self.up:
-            logger.error("Replica %d at %s does not answer: it gets no more requests", self.number, self.url)
-        self.up = False
-        lost = self.session
-        self.connect()
-        await lost.close()
-
-    async def look(self) -> None:
-        """See whether it answers."""
-        try:
-            timeout = ClientTimeout(total=LOOK_TIMEOUT_S)
-            async with self.session.get(f"{self.url}/model_info", timeout=timeout) as answer:
-                answers = answer.status != HTTPStatus.SERVICE_UNAVAILABLE
-        except (ClientError, TimeoutError):
-            answers = False
-        self.silent = 0 if answers else self.silent + 1
-        if answers and not self.up:
-            logger.warning("Replica %d at %s answers again", self.number, self.url)
-            self.up = True
-        if self.up and self.silent >= LOOKS:
-            await self.lose()
+#: Whose identity is meant, in messages.
+AT_START = "the replicas at the start"
 
 
 class Front:
-    """The replicas, and the choice among them."""
+    """The replicas, and the choice among them.
 
-    def __init__(self, urls: Sequence[str], policy: str = LEAST_REQUESTS) -> None:
+    Args:
+        urls: of the replicas, without a path.
+        policy: one of :data:`POLICIES`.
+        api_key: that clients must send and replicas want; None leaves it to the replicas.
+        expected: identity of a replica while no other is up to compare it with; None means that of the first
+            one that answers.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        policy: str = LEAST_REQUESTS,
+        api_key: str | None = None,
+        expected: Mapping[str, Any] | None = None,
+    ) -> None:
         self.replicas = [Replica(number, url.rstrip("/")) for number, url in enumerate(urls)]
+        self.bodies = Bodies()
         self._policy = policy
+        self._api_key = api_key
+        self._expected = expected
+        self._comparing = asyncio.Lock()
         self._turn = itertools.count()
 
     def in_order(self, key: str | None = None) -> list[Replica]:
@@ -167,7 +146,7 @@ class Front:
 
     def application(self) -> web.Application:
         """The HTTP application."""
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app = web.Application(middlewares=[key_check(self._api_key)] if self._api_key else [])
         app.add_routes([web.route(method, path, self.pass_on) for method, path in PASSED_ON])
         app.add_routes([web.get("/health", self.health), web.get(STATISTICS, self.statistics)])
         app.cleanup_ctx.append(self._watching)
@@ -176,24 +155,76 @@ class Front:
     async def _watching(self, app: web.Application) -> AsyncIterator[None]:
         for replica in self.replicas:
             replica.connect()
+        looks = [asyncio.create_task(self.look(replica)) for replica in self.replicas]
+        await asyncio.wait(looks, timeout=FIRST_LOOKS_S)
         watches = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
         yield
-        for watch in watches:
-            watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
+        for task in (*looks, *watches):
+            task.cancel()
+        await asyncio.gather(*looks, *watches, return_exceptions=True)
         for replica in self.replicas:
             await replica.session.close()
 
     async def _watch(self, replica: Replica) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            await replica.look()
+            await self.look(replica)
+
+    async def look(self, replica: Replica) -> None:
+        """See whether a replica answers; leave it out or take it in accordingly."""
+        seen = await replica.look()
+        if seen is Look.ANSWERS:
+            replica.silent = 0
+            if not replica.up:
+                await self._compare(replica)
+            return
+        replica.silent += 1
+        if seen is Look.REFUSES:
+            replica.leave_out(REFUSES_CONNECTIONS)
+        if replica.silent == LOOKS:
+            replica.leave_out(REFUSES_CONNECTIONS if seen is Look.REFUSES else SILENT)
+            await replica.lose()
+
+    async def _compare(self, replica: Replica) -> None:
+        """Take a replica in if it is like the others: it may have been started anew, or be another server."""
+        now = asyncio.get_running_loop().time
+        async with self._comparing:
+            if replica.up or now() < replica.compare_at:
+                return
+            try:
+                identity = await replica.identity(self._api_key)
+                others, theirs = await self._reference(identity)
+            except NoAccess:
+                replica.take_in("it could NOT be compared with the others; give the front their --api-key")
+                return
+            except (ClientError, TimeoutError, ValueError) as error:
+                replica.leave_out(NOT_COMPARED, repr(error))
+                return
+            found = agreement.differences({replica.url: identity, others: theirs})
+            if found:
+                replica.compare_at = now() + COMPARE_EVERY_S
+                replica.leave_out(DIFFERS, "; ".join(found[: agreement.MAX_LISTED]))
+            elif replica.silent == 0:  # a look may have failed in the meantime
+                replica.take_in(f"it answers and is like {others}")
+
+    async def _reference(self, first: dict[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Whom to compare with, and their identity: a replica in use, for weights may have been updated."""
+        for other in [other for other in self.replicas if other.up]:
+            try:
+                return other.url, await other.identity(self._api_key)
+            except (ClientError, TimeoutError, ValueError) as error:
+                logger.warning("Replica %d: %s/server_info: %r", other.number, other.url, error)
+        if self._expected is None:
+            self._expected = first
+        return AT_START, self._expected
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 while at least one replica is up."""
-        up = sum(replica.up for replica in self.replicas)
+        """200 while at least one replica is up; of the others, why they get no requests."""
+        left_out = {str(replica.number): replica.left_out for replica in self.replicas if not replica.up}
+        up = len(self.replicas) - len(left_out)
         status = HTTPStatus.OK if up else HTTPStatus.SERVICE_UNAVAILABLE
-        return web.json_response({"replicas": len(self.replicas), "up": up}, status=status)
+        found = {"replicas": len(self.replicas), "up": up, "left_out": left_out}
+        return web.json_response(found, status=status)
 
     async def statistics(self, request: web.Request) -> web.Response:
         """``GET /llm42_stats`` of every replica that is up, under ``replica_0`` and so on.
@@ -204,7 +235,7 @@ class Front:
         for replica in [replica for replica in self.replicas if replica.up]:
             try:
                 async with replica.session.get(
-                    f"{replica.url}{STATISTICS}", headers=_passed_on(request.headers.items())
+                    f"{replica.url}{STATISTICS}", headers=passed_on(request.headers.items())
                 ) as answer:
                     if answer.status != HTTPStatus.OK:
                         return web.Response(status=answer.status, body=await answer.read())
@@ -215,7 +246,13 @@ class Front:
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Hand a request on, to another replica if one is lost or refuses with 503 before it answers."""
-        body = await request.read()
+        try:
+            async with self.bodies.read(request) as body:
+                return await self._pass_on(request, body)
+        except Refused as refused:
+            return refused.answer
+
+    async def _pass_on(self, request: web.Request, body: bytes) -> web.StreamResponse:
         replicas = self.in_order(request.headers.get(ROUTING_KEY))
         for left, replica in zip(range(len(replicas) - 1, -1, -1), replicas, strict=True):
             replica.in_flight += 1
@@ -225,30 +262,32 @@ class Front:
                 replica.in_flight -= 1
             if answered is not None:
                 return answered
-        return web.json_response(
-            {"error": {"message": "no replica answers; send the request again", "code": 503}},
-            status=HTTPStatus.SERVICE_UNAVAILABLE,
-        )
+        return refusal(HTTPStatus.SERVICE_UNAVAILABLE, "no replica answers; send the request again")
 
     async def _try(
         self, request: web.Request, body: bytes, replica: Replica, is_last: bool
     ) -> web.StreamResponse | None:
         """The answer of one replica, None if it gives none and another may be asked."""
         url = f"{replica.url}{request.path_qs}"
-        headers = _passed_on(request.headers.items())
+        headers = passed_on(request.headers.items())
         try:
             async with replica.session.request(
-                request.method, url, data=body or None, headers=headers
+                request.method, url, data=body or None, headers=headers, skip_auto_headers=NOT_ADDED
             ) as answer:
                 if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and not is_last:
                     return None
-                first = await (answer.content.readany() if _is_stream(answer) else answer.read())
-                return await _answer(request, replica, answer, first)
+                if not _is_stream(answer):
+                    return _whole(replica, answer, await answer.read())
+                first = await first_event(answer.content)
+                if is_refusal(first) and not is_last:
+                    logger.warning("Replica %d: %s: refused before the first token", replica.number, url)
+                    return None
+                return await _stream(request, replica, answer, first)
         except _Cut:
             raise
         except ClientConnectionError as error:
             logger.warning("Replica %d: %s: %r", replica.number, url, error)
-            await replica.look()  # refused connections show it at once to the requests that follow
+            await self.look(replica)  # refused connections show it at once to the requests that follow
             return None
         except (ClientError, TimeoutError) as error:
             logger.warning("Replica %d: %s: %r", replica.number, url, error)
@@ -259,18 +298,25 @@ class _Cut(Exception):
     """An answer ended after its beginning had reached the client."""
 
 
-async def _answer(
+def _headers(replica: Replica, answer: ClientResponse) -> CIMultiDict[str]:
+    headers = passed_on(answer.headers.items())
+    headers[REPLICA] = str(replica.number)
+    return headers
+
+
+def _whole(replica: Replica, answer: ClientResponse, body: bytes) -> web.Response:
+    return web.Response(status=answer.status, headers=_headers(replica, answer), body=body)
+
+
+async def _stream(
     request: web.Request, replica: Replica, answer: ClientResponse, first: bytes
 ) -> web.StreamResponse:
-    """Hand an answer on: ``first``, and of a stream the rest as it comes.
+    """Hand a stream on: ``first``, and the rest as it comes.
 
     Raises:
         _Cut: aiohttp then ends the client's connection, so that the client sees that the answer is not whole.
     """
-    headers = {**_passed_on(answer.headers.items()), REPLICA: str(replica.number)}
-    if not _is_stream(answer):
-        return web.Response(status=answer.status, headers=headers, body=first)
-    response = web.StreamResponse(status=answer.status, headers=headers)
+    response = web.StreamResponse(status=answer.status, headers=_headers(replica, answer))
     await response.prepare(request)
     try:
         await response.write(first)
@@ -286,10 +332,6 @@ def _is_stream(answer: ClientResponse) -> bool:
     return answer.content_type == "text/event-stream"
 
 
-def _passed_on(headers: Iterable[tuple[str, str]]) -> dict[str, str]:
-    return {name: value for name, value in headers if name.lower() not in NOT_PASSED_ON}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it."""
     parser = argparse.ArgumentParser(PROGRAM)
@@ -298,13 +340,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--policy", choices=POLICIES, default=POLICIES[0])
     parser.add_argument(
+        "--api-key",
+        default=os.environ.get(API_KEY),
+        help=f"of the replicas: checked before a body is read, needed to compare them (or in {API_KEY})",
+    )
+    parser.add_argument(
         "--share-port",
         action="store_true",
         help="let further processes of this program serve the same port; the kernel deals out connections",
     )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format=f"[%(asctime)s] {PROGRAM}: %(message)s")
-    front = Front(options.urls, options.policy)
+    expected = os.environ.get(EXPECTED)
+    front = Front(
+        options.urls, options.policy, options.api_key or None, json.loads(expected) if expected else None
+    )
     web.run_app(
         front.application(),
         host=options.host,

@@ -4,27 +4,31 @@
 
 What stands behind ``--`` is the command line of ``sglang_ext.launch_server`` for each replica. Requests are
 distributed by :mod:`sglang_ext.ray.front`. Replicas are compared before the address opens: same versions,
-configuration and canonical fingerprint, so a deterministic request gets the same output from any of them,
-also when a second one is tried because the first was lost.
+flags, configuration and canonical fingerprint, so a deterministic request gets the same output from any of
+them, also when a second one is tried because the first was lost. A replica restarts by itself and is compared
+again before it gets requests. One that is lost for good is left out; the service ends when none is left.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sglang_ext.ray import agreement, cluster, front, placement
+from sglang_ext.ray.identity import identity_of
+from sglang_ext.ray.processes import ending_with_parent
 from sglang_ext.ray.requirements import NOT_INSTALLED, RESTART, RaySettings, ray_is_installed, world_size
-from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_USAGE
+from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_RANK_LOST, refuse
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -34,12 +38,17 @@ PROGRAM = "sglang_ext.ray.replicas"
 #: Flags that each replica gets from here.
 OURS = ("--host", "--port", "--use-ray", "--ray-placement-group", "--ray-namespace", "--ray-on-failure")
 
-#: Seconds between looks at the replicas.
+#: Seconds between looks at the replicas; in which all actors that live answer one.
 POLL_S = 2.0
+ANSWER_TIMEOUT_S = 10.0
 
 
 class ReplicaError(RuntimeError):
-    """A replica did not come up or has ended; the message says which."""
+    """A replica did not come up, or a front has ended; the message says which."""
+
+
+class NoReplicaLeft(RuntimeError):
+    """All replicas are lost for good; the message says why the last one is."""
 
 
 # On the nodes
@@ -66,7 +75,7 @@ class Replica:
         self._process = subprocess.Popen(
             [*command, "--host", host, "--port", str(port), "--ray-address", address],
             process_group=0,
-            preexec_fn=_end_with_parent,
+            preexec_fn=ending_with_parent(signal.SIGTERM),
             env={**os.environ, cluster.NODE_ADDRESS: host},
         )
         return f"http://{host}:{port}"
@@ -87,34 +96,30 @@ class Replica:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def _end_with_parent() -> None:
-    """In the server: be told to end when the actor dies, however it does."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
 # Where the address is
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until interrupted, or until a replica or the front ends for good."""
+    """Serve until interrupted, until no replica is left, or until a front ends."""
     options, server_flags = parse(sys.argv[1:] if argv is None else argv)
     if not ray_is_installed():
-        return _refuse(NOT_INSTALLED)
+        return refuse(PROGRAM, NOT_INSTALLED)
     from sglang_ext import launch_server
     from sglang_ext.hooks import HookError
 
     try:
         server_args = launch_server.parse([*server_flags, "--use-ray"])
     except (HookError, ValueError, OSError) as error:
-        return _refuse(str(error))
+        return refuse(PROGRAM, str(error))
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     try:
         cluster.connect(_settings(server_args), server_args.nnodes)
-        with _replicas(options, server_flags, server_args) as (urls, check):
-            _route(options, urls, check)
+        with _replicas(options, server_flags, server_args) as (replicas, identity):
+            _route(options, replicas, identity, server_args.api_key)
+    except NoReplicaLeft as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return EXIT_RANK_LOST
     except (cluster.ClusterError, placement.PlacementError, agreement.Disagreement, ReplicaError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return EXIT_NOT_STARTED
@@ -165,22 +170,90 @@ def _settings(server_args: Any) -> RaySettings:
     return dataclasses.replace(settings, namespace=f"{PROGRAM}-{uuid.uuid4().hex[:8]}")
 
 
+class Replicas:
+    """The replicas that are not lost for good.
+
+    Args:
+        actors: Ray's handles, by the URL of the server.
+        release: gives back what a lost one still holds, by its URL.
+    """
+
+    def __init__(self, actors: Mapping[str, Any], release: Callable[[str], None] = lambda url: None) -> None:
+        self.actors = dict(actors)
+        self._release = release
+        self._silent: set[str] = set()
+
+    def lost(self) -> dict[str, str]:
+        """Why a replica is lost, by its URL; an actor that only does not answer is not lost yet.
+
+        A server that restarts by itself has not ended: its supervisor runs on.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        asked = {actor.status.remote(): url for url, actor in self.actors.items()}
+        answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_TIMEOUT_S)
+        self._tell_silent({asked[reference] for reference in silent})
+        found = {}
+        for reference in answered:
+            try:
+                status = ray.get(reference, timeout=ANSWER_TIMEOUT_S)
+            except RayError as error:
+                first_line = next(iter(str(error).strip().splitlines()), "")
+                found[asked[reference]] = f"its actor is lost ({type(error).__name__}: {first_line})"
+            else:
+                if status is not None:
+                    found[asked[reference]] = f"it ended with status {status}; its log says why"
+        return found
+
+    def _tell_silent(self, silent: set[str]) -> None:
+        for url in sorted(silent - self._silent):
+            _say(f"the actor of the replica at {url} does not answer; waiting for what Ray finds")
+        self._silent = silent
+
+    def require_all(self) -> None:
+        """While they start.
+
+        Raises:
+            ReplicaError: one is lost.
+        """
+        for url, why in self.lost().items():
+            raise ReplicaError(f"the replica at {url} is lost: {why}")
+
+    def leave_lost_out(self) -> None:
+        """While they serve: go on with those that are left. The fronts see by themselves who does not answer.
+
+        Raises:
+            NoReplicaLeft: there is none.
+        """
+        for url, why in self.lost().items():
+            del self.actors[url]
+            _say(f"the replica at {url} is lost for good: {why}; {len(self.actors)} left")
+            if not self.actors:
+                raise NoReplicaLeft(f"no replica is left: the last one, at {url}, is lost: {why}")
+            self._release(url)
+
+
+def _say(text: str) -> None:
+    print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _replicas(
     options: argparse.Namespace, server_flags: Sequence[str], server_args: Any
-) -> Iterator[tuple[list[str], Callable[[], None]]]:
-    """Start all replicas and compare them; yields their URLs and what raises when one has ended."""
+) -> Iterator[tuple[Replicas, dict[str, Any]]]:
+    """Start all replicas and compare them; yields them and their common identity."""
     import ray
+    from ray.exceptions import RayError
 
-    actors: dict[str, Any] = {}
     groups: list[PlacementGroup] = []
+    starting: list[tuple[Any, Any]] = []
+    actors: dict[str, Any] = {}
 
-    def check() -> None:
-        for url, status in zip(actors, ray.get([a.status.remote() for a in actors.values()]), strict=True):
-            if status is not None:
-                raise ReplicaError(f"the replica at {url} ended with status {status}; its log says why")
+    def release(url: str) -> None:
+        index = list(actors).index(url)
+        _end([starting[index][0]], [groups[index]])
 
-    starting = []
     try:
         for index in range(options.replicas):
             group = _room(index, server_args)
@@ -190,10 +263,15 @@ def _replicas(
             flags += ["--ray-placement-group", _name(index)]
             flags += ["--ray-namespace", ray.get_runtime_context().namespace]
             starting.append((actor, actor.start.remote(flags)))
-        for actor, url in starting:
-            actors[ray.get(url)] = actor
-        compare(_wait_for_all(list(actors), server_args, check))
-        yield list(actors), check
+        for index, (actor, url) in enumerate(starting):
+            try:
+                actors[ray.get(url, timeout=server_args.ray_start_timeout)] = actor
+            except RayError as error:
+                raise ReplicaError(f"replica {index} did not start: {error}") from error
+        replicas = Replicas(actors, release)
+        infos = _wait_for_all(list(actors), server_args, replicas.require_all)
+        compare(infos)
+        yield replicas, identity_of(infos[next(iter(infos))])
     finally:
         _end([actor for actor, _ in starting], groups)
 
@@ -278,26 +356,25 @@ def compare(infos: dict[str, Any]) -> None:
     Raises:
         Disagreement: naming what differs.
     """
-    keys = ("llm42_fingerprint", "llm42_configuration")
-    reports = {}
-    for url, info in infos.items():
-        states = info["internal_states"]
-        reports[url] = {
-            "version": info.get("version"),
-            **{key: sorted({str(state.get(key)) for state in states}) for key in keys},
-        }
-    agreement.require(reports, "replicas")
+    agreement.require({url: identity_of(info) for url, info in infos.items()}, "replicas")
 
 
-def _route(options: argparse.Namespace, urls: Sequence[str], check: Callable[[], None]) -> NoReturn:
-    """Run the fronts until one, or a replica, ends.
+def _route(
+    options: argparse.Namespace, replicas: Replicas, identity: Mapping[str, Any], api_key: str | None
+) -> NoReturn:
+    """Run the fronts until one ends, or no replica is left.
 
     Raises:
-        ReplicaError: saying which.
+        ReplicaError: a front has ended.
+        NoReplicaLeft: all replicas are lost.
     """
+    urls = list(replicas.actors)
     command = front_command(options, urls)
+    environment = front_environment(identity, api_key)
+    ending = ending_with_parent(signal.SIGTERM)
     fronts = [
-        subprocess.Popen(command, process_group=0, preexec_fn=_end_with_parent) for _ in range(options.fronts)
+        subprocess.Popen(command, process_group=0, preexec_fn=ending, env=environment)
+        for _ in range(options.fronts)
     ]
     print(f"{PROGRAM}: {len(urls)} replicas behind http://{options.host}:{options.port}", flush=True)
     try:
@@ -305,7 +382,7 @@ def _route(options: argparse.Namespace, urls: Sequence[str], check: Callable[[],
             for process in fronts:
                 if process.poll() is not None:
                     raise ReplicaError(f"a front ended with status {process.returncode}; its log says why")
-            check()
+            replicas.leave_lost_out()
             time.sleep(POLL_S)
     finally:
         for process in fronts:
@@ -323,9 +400,10 @@ def front_command(options: argparse.Namespace, urls: Sequence[str]) -> list[str]
     return [*command, "--share-port"] if options.fronts > 1 else command
 
 
-def _refuse(reason: str) -> int:
-    print(f"{PROGRAM}: {reason}", file=sys.stderr)
-    return EXIT_USAGE
+def front_environment(identity: Mapping[str, Any], api_key: str | None) -> dict[str, str]:
+    """Environment of that process: what it must know and lists of processes must not show."""
+    environment = {**os.environ, front.EXPECTED: json.dumps(identity)}
+    return {**environment, front.API_KEY: api_key} if api_key else environment
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ RESTART = "restart"
 #: What the server does when a rank or a node is lost.
 ON_FAILURE = (EXIT, RESTART)
 
-NOT_INSTALLED = "--use-ray needs Ray, which is not installed: pip install 'sglang_ext[ray]'."
+NOT_INSTALLED = (
+    "--use-ray needs Ray, which is not installed: pip install '/path/to/sglang_ext[ray]' (a checkout of this "
+    "package, which is on no index), or pip install 'ray[default]'."
+)
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

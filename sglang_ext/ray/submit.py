@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_ext.ray.environment import handed_on
 from sglang_ext.ray.requirements import NOT_INSTALLED, ray_is_installed
+from sglang_ext.ray.status import refuse
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -38,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Submit a job, follow its output, and return 0 if it succeeded (or, with --no-wait, was taken)."""
     options, server_flags = parse(sys.argv[1:] if argv is None else argv)
     if not ray_is_installed():
-        return _refuse(NOT_INSTALLED)
+        return refuse(PROGRAM, NOT_INSTALLED)
     from ray.job_submission import JobSubmissionClient
 
     try:
         client = JobSubmissionClient(options.dashboard)
         job = client.submit_job(**request(options, server_flags))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        return _refuse(f"--dashboard {options.dashboard}: {error}")
+        return refuse(PROGRAM, f"--dashboard {options.dashboard}: {error}")
     print(f"{PROGRAM}: job {job}; end it with: ray job stop --address {options.dashboard} {job}", flush=True)
     return 0 if options.no_wait else follow(client, job)
 
@@ -124,11 +125,6 @@ def follow(client: JobSubmissionClient, job: str) -> int:
 async def _print_logs(client: JobSubmissionClient, job: str) -> None:
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)
-
-
-def _refuse(reason: str) -> int:
-    print(f"{PROGRAM}: {reason}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ next one. This process imports neither torch nor SGLang nor Ray.
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from sglang_ext.ray.processes import ending_with_parent
 from sglang_ext.ray.status import EXIT_NOT_STARTED, EXIT_USAGE
 
 #: Seconds of service after which earlier failures are forgotten.
@@ -23,8 +23,6 @@ STABLE_S = 600.0
 
 #: Seconds before a restart: Ray takes a moment to give the lost group's resources back.
 PAUSE_S = 2.0
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Supervisor:
@@ -82,15 +80,11 @@ class Supervisor:
 
     def _run_once(self) -> int:
         # In a process group of its own: Ctrl-C at a terminal reaches the server once, through this process.
-        self._child = subprocess.Popen(self.command, process_group=0, preexec_fn=_end_with_parent)
+        ending = ending_with_parent(signal.SIGKILL)
+        self._child = subprocess.Popen(self.command, process_group=0, preexec_fn=ending)
         if self._stopped_by is not None:  # the signal came before the child was there
             self._child.send_signal(self._stopped_by)
         return self._child.wait()
-
-
-def _end_with_parent() -> None:
-    """In the child: be killed when this process is, however it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -17,8 +18,10 @@ import pytest
 import requests
 from aiohttp import ClientError, ClientSession, web
 from aiohttp.test_utils import TestServer
+from multidict import CIMultiDict
 
 from sglang_ext.ray import front as fronts
+from sglang_ext.ray import front_replica, front_requests
 from sglang_ext.ray.front import LEAST_REQUESTS, REPLICA, ROUND_ROBIN, ROUTING_KEY, Front
 
 #: As clients write it: spaces, order and unknown fields are kept.
@@ -33,6 +36,8 @@ class Backend:
         self.answer: Callable[[web.Request], Awaitable[web.StreamResponse]] = self.echo
         self.alive = True
         self.left = 0
+        self.key: str | None = None
+        self.info: dict[str, Any] = {"version": "1", "internal_states": [{"llm42_fingerprint": "ab"}]}
 
     async def echo(self, request: web.Request) -> web.StreamResponse:
         return web.Response(body=await request.read(), headers={"X-Of-Server": "y"})
@@ -50,21 +55,34 @@ class Backend:
             await asyncio.sleep(60)
         return web.json_response({})
 
+    async def server_info(self, request: web.Request) -> web.Response:
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return web.json_response(self.info)
+
 
 Setup = tuple[Front, list[Backend], list[TestServer], TestServer, ClientSession]
 
 
+def _application(backend: Backend) -> web.Application:
+    app = web.Application()
+    app.router.add_get("/model_info", backend.model_info)
+    app.router.add_get("/server_info", backend.server_info)
+    app.router.add_route("*", "/{path:.*}", backend.handle)
+    return app
+
+
 @asynccontextmanager
-async def _setup(count: int = 2, policy: str = LEAST_REQUESTS) -> AsyncIterator[Setup]:
+async def _setup(
+    count: int = 2, policy: str = LEAST_REQUESTS, backends: list[Backend] | None = None, **options: Any
+) -> AsyncIterator[Setup]:
     async with AsyncExitStack() as stack:
-        backends, servers = [Backend() for _ in range(count)], []
+        backends, servers = backends or [Backend() for _ in range(count)], []
         for backend in backends:
-            app = web.Application()
-            app.router.add_get("/model_info", backend.model_info)
-            app.router.add_route("*", "/{path:.*}", backend.handle)
+            app = _application(backend)
             servers.append(await stack.enter_async_context(TestServer(app, handler_cancellation=True)))
             await servers[-1].start_server()
-        front = Front([str(server.make_url("")) for server in servers], policy)
+        front = Front([str(server.make_url("")) for server in servers], policy, **options)
         address = await stack.enter_async_context(TestServer(front.application()))
         await address.start_server(handler_cancellation=True)
         client = await stack.enter_async_context(ClientSession())
@@ -127,15 +145,15 @@ def test_a_gone_replica_is_left_out_and_comes_back() -> None:
             for _ in range(3):
                 assert (await _post(address, client))[0::2] == (200, "1")
             for _ in range(fronts.LOOKS):
-                await front.replicas[0].look()
+                await front.look(front.replicas[0])
             assert [replica.up for replica in front.replicas] == [False, True]
             async with client.get(address.make_url("/health")) as answer:
-                assert (answer.status, await answer.json()) == (200, {"replicas": 2, "up": 1})
-            app = web.Application()
-            backend = Backend()
-            app.router.add_route("*", "/{path:.*}", backend.handle)
-            async with TestServer(app, port=port):
-                await front.replicas[0].look()
+                assert (answer.status, await answer.json()) == (
+                    200,
+                    {"replicas": 2, "up": 1, "left_out": {"0": "refuses connections"}},
+                )
+            async with TestServer(_application(Backend()), port=port):
+                await front.look(front.replicas[0])
                 assert front.replicas[0].up
                 assert {(await _post(address, client))[2] for _ in range(4)} == {"0", "1"}
 
@@ -148,7 +166,7 @@ def test_without_a_replica_there_is_a_503_soon() -> None:
             await servers[0].close()
             assert (await asyncio.wait_for(_post(address, client), 10))[0] == 503
             for _ in range(fronts.LOOKS):
-                await front.replicas[0].look()
+                await front.look(front.replicas[0])
             async with client.get(address.make_url("/health")) as answer:
                 assert answer.status == 503
             assert (await _post(address, client))[0] == 503
@@ -173,7 +191,7 @@ def test_a_503_goes_to_another_replica_and_that_of_the_last_to_the_client() -> N
 def test_a_replica_that_falls_silent_is_lost_with_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """As behind a cut cable: no connection is refused, nothing is answered."""
     monkeypatch.setattr(fronts, "LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr(fronts, "LOOK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(front_replica, "LOOK_TIMEOUT_S", 0.2)
 
     async def hang(request: web.Request) -> web.Response:
         await asyncio.sleep(60)
@@ -271,18 +289,31 @@ def test_several_processes_share_the_port_and_end_on_a_signal() -> None:
 def test_the_program_ends_requests_of_clients_that_leave() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(20)
+        posted: list[socket.socket] = []
+        server = threading.Thread(target=lambda: posted.append(_connection_of_post(listener)))
+        server.start()  # the program looks at it before its address opens
         with _programs(1, f"http://127.0.0.1:{listener.getsockname()[1]}") as (port, _):
             with socket.create_connection(("127.0.0.1", port)) as client:
                 client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
-                while True:  # looks come, too, and get no answer
-                    connection, _address = listener.accept()
-                    connection.settimeout(20)
-                    if connection.recv(65536).startswith(b"POST /generate"):
-                        break
+                server.join(20)
+            (connection,) = posted
             connection.settimeout(3)  # less than it takes to find the server lost
             while connection.recv(65536):
                 pass
             connection.close()
+
+
+def _connection_of_post(listener: socket.socket) -> socket.socket:
+    """A server by hand that answers looks; returns the connection with the first POST, unanswered."""
+    while True:
+        connection, _ = listener.accept()
+        connection.settimeout(20)
+        if connection.recv(65536).startswith(b"POST /generate"):
+            return connection
+        body = b'{"internal_states": []}'
+        head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        connection.close()
 
 
 def _listening(port: int) -> int:
@@ -293,6 +324,8 @@ def _listening(port: int) -> int:
 
 def test_the_least_busy_replica_and_the_key_decide() -> None:
     front = Front(["http://a", "http://b", "http://c"])
+    for replica in front.replicas:
+        replica.up = True
     front.replicas[0].in_flight = front.replicas[2].in_flight = 1
     assert {front.in_order()[0].number for _ in range(6)} == {1}
     orders = {key: [r.number for r in front.in_order(key)] for key in map(str, range(50))}
@@ -310,6 +343,214 @@ def test_the_key_is_read_from_the_header() -> None:
             assert len({(await _post(address, client))[2] for _ in range(6)}) == 3
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("changed", [{"version": "2"}, {"llm42_window_size": 7}, {"internal_states": [{}]}])
+def test_a_restarted_replica_is_compared_before_it_gets_requests(
+    changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fronts, "COMPARE_EVERY_S", 0)
+
+    async def check() -> None:
+        async with _setup(2, ROUND_ROBIN) as (front, _, servers, address, client):
+            port = servers[0].port
+            await servers[0].close()
+            await front.look(front.replicas[0])
+            other = Backend()
+            other.info = {**other.info, **changed}
+            async with TestServer(_application(other), port=port):
+                await front.look(front.replicas[0])
+                assert {(await _post(address, client))[2] for _ in range(4)} == {"1"} and not other.seen
+                async with client.get(address.make_url("/health")) as answer:
+                    assert (await answer.json())["left_out"] == {"0": "differs from the others"}
+                assert "gets no requests: it differs from the others: " in caplog.text
+                other.info = Backend().info
+                await front.look(front.replicas[0])
+                assert {(await _post(address, client))[2] for _ in range(4)} == {"0", "1"}
+
+    asyncio.run(check())
+
+
+def test_without_another_replica_the_identity_at_the_start_counts() -> None:
+    async def check() -> None:
+        expected = {"version": "1", "llm42_fingerprint": ["xy"], "llm42_configuration": ["None"], "flags": {}}
+        async with _setup(1, expected=expected) as (_, _, _, address, client):
+            assert (await _post(address, client))[0] == 503
+
+    asyncio.run(check())
+
+
+def test_replicas_with_a_key_are_compared_where_the_front_knows_it(caplog: pytest.LogCaptureFixture) -> None:
+    async def check(**options: Any) -> list[bool]:
+        backends = [Backend(), Backend()]
+        backends[1].info = {**backends[1].info, "version": "2"}
+        backends[0].key = backends[1].key = "secret"
+        async with _setup(backends=backends, **options) as (front, *_):
+            return [replica.up for replica in front.replicas]
+
+    assert sum(asyncio.run(check(api_key="secret"))) == 1
+    assert asyncio.run(check()) == [True, True] and "could NOT be compared" in caplog.text
+
+
+REFUSALS = (
+    b'data: {"text":"","meta_info":{"finish_reason":{"type":"abort","message":"m","status_code":503}}}\n\n',
+    b'data: {"error": {"object": "error", "message": "m", "type": "SERVICE_UNAVAILABLE", "code": 503}}\n\n',
+)
+
+ANSWERS = (
+    b'data: {"error": {"message": "m", "type": "invalid_request_error", "code": 400}}\n\n',
+    b'data: {"text":"","meta_info":{"finish_reason":{"type":"abort","message":"Aborted"}}}\n\n',
+    b'data: {"text":"503","meta_info":{"finish_reason":null}}\n\n',
+    b"data: 503\n\n",
+    b"data: [DONE]\n\n",
+)
+
+
+def _streaming(*pieces: bytes, cut: bool = False) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+            await asyncio.sleep(0.02)
+        if cut:
+            assert request.transport is not None
+            request.transport.abort()
+        await response.write_eof()
+        return response
+
+    return stream
+
+
+@pytest.mark.parametrize("event", REFUSALS)
+def test_a_stream_refused_before_its_first_token_goes_to_another_replica(event: bytes) -> None:
+    async def check() -> None:
+        async with _setup(2) as (_, backends, _, address, client):
+            backends[0].answer = _streaming(event[:20], event[20:], b"data: [DONE]\n\n")
+            backends[1].answer = _streaming(b"data: 1\n\n", event)
+            for _ in range(2):
+                assert await _post(address, client) == (200, b"data: 1\n\n" + event, "1")
+            assert backends[0].seen
+            backends[1].answer = backends[0].answer
+            assert (await _post(address, client))[1] == event + b"data: [DONE]\n\n"
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("event", ANSWERS)
+def test_other_first_events_reach_the_client(event: bytes) -> None:
+    async def check() -> None:
+        async with _setup(2) as (_, backends, _, address, client):
+            for backend in backends:
+                backend.answer = _streaming(event)
+            assert (await _post(address, client))[:2] == (200, event)
+            assert sum(len(backend.seen) for backend in backends) == 1
+
+    asyncio.run(check())
+
+
+def test_a_stream_cut_in_its_first_event_goes_to_another_replica() -> None:
+    async def check() -> None:
+        async with _setup(2) as (_, backends, _, address, client):
+            backends[0].answer = _streaming(b"data: ", cut=True)
+            backends[1].answer = _streaming(b"data: 1\n\n")
+            for _ in range(2):
+                assert await _post(address, client) == (200, b"data: 1\n\n", "1")
+
+    asyncio.run(check())
+
+
+def test_the_key_is_checked_before_the_body_is_read() -> None:
+    async def check() -> None:
+        async with _setup(1, api_key="k\u00e9y") as (front, (backend,), _, address, client):
+            for wrong in ("", "Bearer", "Bearer k", "Basic k\u00e9y", "Bearer \u20ac"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
+                head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: {wrong}\r\n"
+                writer.write(head.encode() + b"Content-Length: 9\r\n\r\n")
+                status = await asyncio.wait_for(reader.readline(), 5)
+                assert status.startswith(b"HTTP/1.1 401"), wrong
+                writer.close()
+            assert not backend.seen and front.bodies.held == 0
+            assert (await _post(address, client, Authorization="bearer k\u00e9y"))[0] == 200
+            async with client.get(address.make_url("/llm42_stats")) as answer:
+                assert (answer.status, await answer.json()) == (401, {"error": "Unauthorized"})
+            async with client.get(address.make_url("/health")) as answer:
+                assert answer.status == 200
+
+    asyncio.run(check())
+
+
+def test_bodies_are_bounded_one_by_one_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_requests, "MAX_BODY_BYTES", 100)
+    monkeypatch.setattr(front_requests, "MAX_BODIES_BYTES", 150)
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: web.Request) -> web.Response:
+        begun.set()
+        await go_on.wait()
+        return web.Response()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield bytes(40)
+
+    async def check() -> None:
+        async with _setup(1) as (front, (backend,), _, address, client):
+            url = address.make_url("/generate")
+            for data in (bytes(120), pieces()):
+                async with client.post(url, data=data) as answer:
+                    assert answer.status == 413
+            backend.answer = wait
+            first = asyncio.create_task(client.post(url, data=bytes(90)))
+            await begun.wait()
+            assert front.bodies.held == 90
+            async with client.post(url, data=bytes(90)) as answer:
+                assert answer.status == 503 and int(answer.headers["Retry-After"]) >= 1
+            go_on.set()
+            assert (await first).status == 200
+            assert (await client.post(url, data=bytes(90))).status == 200
+            assert front.bodies.held == 0
+
+    asyncio.run(check())
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_requests, "READ_TIMEOUT_S", 0.2)
+
+    async def check() -> None:
+        async with _setup(1) as (front, _, _, address, _):
+            reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
+            writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{}")
+            assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")
+            assert front.bodies.held == 0
+            writer.close()
+
+    asyncio.run(check())
+
+
+def test_repeated_headers_pass_and_those_of_one_hop_do_not() -> None:
+    seen: list[list[tuple[str, str]]] = []
+
+    async def answer_with_headers(request: web.Request) -> web.Response:
+        seen.append([(name.lower(), value) for name, value in request.headers.items()])
+        headers = [("X-Twice", "1"), ("X-Twice", "2"), ("Connection", "x-hop"), ("X-Hop", "1")]
+        return web.Response(headers=CIMultiDict([*headers, ("Proxy-Authenticate", "Basic")]))
+
+    async def check() -> None:
+        async with _setup(1) as (_, (backend,), _, address, client):
+            backend.answer = answer_with_headers
+            headers = [("X-Twice", "1"), ("X-Twice", "2"), ("Connection", "X-Hop, close"), ("X-Hop", "1")]
+            sent = CIMultiDict([*headers, ("Proxy-Authorization", "p"), ("TE", "trailers")])
+            async with client.post(address.make_url("/generate"), data=BODY, headers=sent) as answer:
+                assert answer.headers.getall("X-Twice") == ["1", "2"]
+                assert not {"X-Hop", "Proxy-Authenticate"} & set(answer.headers)
+            names = [name for name, _ in seen[0]]
+            assert [value for name, value in seen[0] if name == "x-twice"] == ["1", "2"]
+            assert not {"x-hop", "te", "proxy-authorization"} & set(names)
+
+    asyncio.run(check())
+    spelled_in_two_ways = front_requests.passed_on([("X-A", "1"), ("x-a", "2")])
+    assert list(spelled_in_two_ways.items()) == [("X-A", "1"), ("X-A", "2")]
 
 
 def test_statistics_of_all_replicas() -> None:
