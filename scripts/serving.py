@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import shlex
 import signal
 import socket
@@ -25,6 +26,10 @@ import requests
 START_TIMEOUT_S = 600
 REQUEST_TIMEOUT_S = 900
 FLUSH_TIMEOUT_S = 60
+
+#: Ports of servers. Below those that Linux gives to outgoing connections, one of which could take the port
+#: before the server, half a minute later, listens on it.
+PORTS = range(20_000, 32_000)
 
 PROMPTS_FILE = Path(__file__).parent / "data" / "prompts.json"
 
@@ -182,6 +187,22 @@ def total(counters: Iterable[dict[str, int]]) -> dict[str, int]:
     return result
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on, whatever seed this process has set.
+
+    Raises:
+        ServingError: all of :data:`PORTS` are taken.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServingError(f"all ports from {PORTS.start} to {PORTS.stop - 1} are taken")
+
+
 @dataclass
 class Server:
     """A running server.
@@ -219,9 +240,7 @@ def server(
     Raises:
         ServingError: it ended or did not answer in time; the message has the end of its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "sglang_ext.launch_server", *flags, "--port", str(port)]
     log = Path(tempfile.mkdtemp(prefix="sglang_ext_")) / f"{name}.log"
     say(f"Starting {name} (log: {log})\n  {shlex.join(command[1:])}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from serving import STRICT_MEMORY_CHECKS
+from serving import STRICT_MEMORY_CHECKS, free_port
 
 #: Seconds that a server may take to start, and a request to be answered, on a busy machine.
 START_TIMEOUT_S = 400
 REQUEST_TIMEOUT_S = 300
+
+#: Seconds in which a server may end by itself. SGLang takes the end of its scheduler for a crash and waits
+#: for five seconds then, which no test is about.
+GRACE_S = 1.0
 
 #: Folder of the test-only plugin, and the variable that names its control file.
 SABOTAGE_FOLDER = Path(__file__).parent / "sabotage_plugin"
@@ -85,6 +88,7 @@ class Server:
         environment: further environment variables.
         host: address to listen on.
         wrap: makes of the command the one that is run, to run it elsewhere.
+        grace_s: seconds that :meth:`stop` gives it to end by itself.
     """
 
     def __init__(
@@ -95,11 +99,11 @@ class Server:
         environment: Mapping[str, str] | None = None,
         host: str = "127.0.0.1",
         wrap: Callable[[Sequence[str]], Sequence[str]] = list,
+        grace_s: float = GRACE_S,
     ) -> None:
         self.log = log
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self._grace_s = grace_s
+        port = free_port()
         self.url = f"http://{host}:{port}"
         command = [sys.executable, "-m", "sglang_ext.launch_server", "--model-path", str(model)]
         command += ["--host", host, "--port", str(port), "--skip-server-warmup", *flags]
@@ -134,13 +138,13 @@ class Server:
 
     def stop(self) -> None:
         """End the server and all of its processes, which share a process group."""
-        for how in (signal.SIGTERM, signal.SIGKILL):
+        for how, seconds in ((signal.SIGTERM, self._grace_s), (signal.SIGKILL, 20.0)):
             try:
                 os.killpg(self.process.pid, how)
             except ProcessLookupError:
                 break
             try:
-                self.process.wait(timeout=20)
+                self.process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 continue
         self.process.wait(timeout=20)

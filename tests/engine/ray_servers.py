@@ -20,6 +20,9 @@ SUBJECTS = [
     *marked(random_prompts(4, 10, 80, seed=21), max_new_tokens=24, temperature=1.0, ignore_eos=True),
     *marked(random_prompts(2, 10, 80, seed=22), max_new_tokens=24, temperature=0.0, ignore_eos=True),
 ]
+#: Seconds for a server to take its actors and placement group away.
+GRACE_S = 20.0
+
 LONG = Request(random_prompts(1, 10, 20, seed=23)[0], True, {"max_new_tokens": 900, "ignore_eos": True})
 
 
@@ -28,7 +31,13 @@ def server_on(nodes: Nodes, model: Path, logs: Path, *flags: str, **environment:
     log = logs / f"ray-{len(list(logs.iterdir()))}.log"
     variables = {**nodes.environment(), **ONE_THREAD, **environment}
     return Server(
-        model, log, (*ON_TWO_NODES, *flags), variables, host=nodes.host, wrap=lambda c: nodes.command(c)
+        model,
+        log,
+        (*ON_TWO_NODES, *flags),
+        variables,
+        host=nodes.host,
+        wrap=lambda c: nodes.command(c),
+        grace_s=GRACE_S,
     )
 
 

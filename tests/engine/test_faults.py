@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import threading
 import time
@@ -16,19 +14,84 @@ import psutil
 import pytest
 import requests
 from determinism import CROWD_OF_8, mismatches, run_alone, unmarked
-from live_server import Request, SabotagedServer, Server, StartServer, running
+from live_server import Request, SabotagedServer, Server, running
 from workloads import LLM42_FLAGS, ONE_THREAD, marked, random_prompts
 
-# A killed scheduler
+# Two servers, one after the other
 
-#: Seconds in which each client must hear of it: SGLang looks after its processes every second.
-NOTICE_S = 30.0
+#: Takes no byte: a commit log that links to it finds the disk full.
+FULL = Path("/dev/full")
+
+FirstServer = tuple[Server, Path]
 
 SUBJECTS = [
     *marked(random_prompts(4, 10, 60, seed=11), max_new_tokens=40, temperature=0.0),
     *marked(random_prompts(4, 10, 60, seed=12), max_new_tokens=40, temperature=1.0, top_p=0.95),
 ]
 NEIGHBOURS = [unmarked(subject) for subject in SUBJECTS]
+
+
+@pytest.fixture(scope="module")
+def first_server(random_llama: Path, logs: Path) -> Iterator[FirstServer]:
+    """A server with a short queue for its commit log, and the path of this log, on a full disk at first."""
+    path = logs / "commits.jsonl"
+    if FULL.exists():
+        path.symlink_to(FULL)
+    flags = ("--max-total-tokens", "12288", "--enable-metrics", "--llm42-commit-log", str(path))
+    server = SabotagedServer(
+        random_llama, logs / "first.log", (*LLM42_FLAGS, *flags), ONE_THREAD, mode="small_log_queue"
+    )
+    with running(server):
+        yield server, path
+    path.unlink(missing_ok=True)
+
+
+# A full disk
+
+DROPPED = "sglang:llm42_commit_log_dropped_lines_total"
+WRITTEN = "sglang:llm42_commit_log_lines_total"
+
+#: Seconds until a line was tried again, on a busy machine.
+PATIENCE_S = 60.0
+
+
+def _wait_for(server: Server, metric: str, value: float) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while server.metric(metric) < value:
+        assert time.monotonic() < deadline, f"{metric} is {server.metric(metric)}, not {value}"
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full to write to")
+def test_a_full_disk_costs_lines_and_nothing_else(first_server: FirstServer) -> None:
+    server, path = first_server
+    expected = run_alone(server, SUBJECTS)
+    assert server.together(SUBJECTS) == expected, "serving goes on"
+    sent = 2 * len(SUBJECTS)
+    _wait_for(server, DROPPED, 1)
+    dropped = server.metric(DROPPED)
+    # The queue holds 500 tokens and overhead of 100 for each line; one more is in the writer's hands.
+    assert sent - 6 <= dropped < sent and server.metric(WRITTEN) == 0
+    warnings = [line for line in server.log.read_text().splitlines() if "--llm42-commit-log" in line]
+    refused = [line for line in warnings if "cannot be written" in line]
+    assert len(refused) == 1 and "No space left" in refused[0] and "Serving goes on" in refused[0]
+    assert not any("dropped and counted" in line for line in warnings if line not in refused)
+
+    path.unlink()  # room again
+    _wait_for(server, WRITTEN, sent - dropped)
+    assert len(path.read_text().splitlines()) == sent - dropped
+    assert server.generate(SUBJECTS[0]) == expected[0]
+    _wait_for(server, WRITTEN, sent - dropped + 1)
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert tuple(last["input_ids"]) == SUBJECTS[0].prompt
+    assert server.metric(DROPPED) == dropped
+    assert server.log.read_text().count("cannot be written") == 1
+
+
+# A killed scheduler
+
+#: Seconds in which each client must hear of it: SGLang looks after its processes every second.
+NOTICE_S = 30.0
 
 #: They decode and verify for much longer than it takes to kill the scheduler.
 ENDLESS = marked(random_prompts(8, 10, 40, seed=13), max_new_tokens=900, ignore_eos=True, temperature=1.0)
@@ -70,10 +133,10 @@ def _wait_for_verification(server: Server) -> None:
 
 
 def test_a_killed_scheduler_is_noticed_and_a_new_server_goes_on_alike(
-    start_server: StartServer, random_llama: Path
+    first_server: FirstServer, request: pytest.FixtureRequest
 ) -> None:
-    flags = ("--max-total-tokens", "12288")
-    server = start_server(random_llama, *flags, **ONE_THREAD)
+    """Ends the first server; the tests below use the new one, whose pool is smaller."""
+    server, _ = first_server
     expected = run_alone(server, SUBJECTS)
     begun = threading.Barrier(len(ENDLESS) + 1)
     with ThreadPoolExecutor(len(ENDLESS)) as pool:
@@ -94,7 +157,7 @@ def test_a_killed_scheduler_is_noticed_and_a_new_server_goes_on_alike(
         requests.get(f"{server.url}/health", timeout=5)
     assert "crashed with exit code -9" in server.log.read_text()
 
-    again = start_server(random_llama, *flags, **ONE_THREAD)
+    again: Server = request.getfixturevalue("small_server")
     assert run_alone(again, SUBJECTS) == expected
     assert not mismatches(again, SUBJECTS, expected, CROWD_OF_8, NEIGHBOURS)
 
@@ -181,53 +244,3 @@ def test_contradictory_requests_may_be_retracted_before_they_end(small_server: S
                 time.sleep(0.02)
             assert [output.finish["type"] for output in outputs.result()] == ["abort"] * len(crowd)
     small_server.wait_until_idle()
-
-
-# A full disk
-
-DROPPED = "sglang:llm42_commit_log_dropped_lines_total"
-WRITTEN = "sglang:llm42_commit_log_lines_total"
-
-#: Seconds until a line was tried again, on a busy machine.
-PATIENCE_S = 60.0
-
-
-def _wait_for(server: Server, metric: str, value: float) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while server.metric(metric) < value:
-        assert time.monotonic() < deadline, f"{metric} is {server.metric(metric)}, not {value}"
-        time.sleep(0.2)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full to write to")
-def test_a_full_disk_costs_lines_and_nothing_else(random_llama: Path, logs: Path, tmp_path: Path) -> None:
-    path = tmp_path / "commits.jsonl"
-    path.symlink_to("/dev/full")
-    flags = ("--max-total-tokens", "8192", "--enable-metrics", "--llm42-commit-log", str(path))
-    server = SabotagedServer(
-        random_llama, logs / "full_disk.log", (*LLM42_FLAGS, *flags), ONE_THREAD, mode="small_log_queue"
-    )
-    with running(server):
-        expected = run_alone(server, SUBJECTS)
-        assert server.together(SUBJECTS) == expected, "serving goes on"
-        sent = 2 * len(SUBJECTS)
-        _wait_for(server, DROPPED, 1)
-        dropped = server.metric(DROPPED)
-        # The queue holds 500 tokens and overhead of 100 for each line; one more is in the writer's hands.
-        assert sent - 6 <= dropped < sent and server.metric(WRITTEN) == 0
-        warnings = [line for line in server.log.read_text().splitlines() if "--llm42-commit-log" in line]
-        refused = [line for line in warnings if "cannot be written" in line]
-        assert len(refused) == 1 and "No space left" in refused[0] and "Serving goes on" in refused[0]
-        assert not any("dropped and counted" in line for line in warnings if line not in refused)
-
-        path.unlink()  # room again
-        _wait_for(server, WRITTEN, sent - dropped)
-        assert len(path.read_text().splitlines()) == sent - dropped
-        assert server.generate(SUBJECTS[0]) == expected[0]
-        _wait_for(server, WRITTEN, sent - dropped + 1)
-        last = json.loads(path.read_text().splitlines()[-1])
-        assert tuple(last["input_ids"]) == SUBJECTS[0].prompt
-        assert server.metric(DROPPED) == dropped
-        assert server.log.read_text().count("cannot be written") == 1
-    with contextlib.suppress(OSError):
-        path.unlink()

@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from determinism import run_alone, unmarked
-from live_server import Output, Request, SabotagedServer, Server, ServerError, StartServer, at_once
+from live_server import Output, Request, SabotagedServer, Server, ServerError, at_once, running
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY, marked, random_prompts
 
 #: Slots of the KV pool, a third of what the traffic would need at once, so that requests are retracted and
@@ -94,22 +94,28 @@ def _traffic(server: Server, round_: int) -> list[Output]:
     return [results[i] for i in range(len(SUBJECTS))]
 
 
-@pytest.mark.parametrize(
-    ("flags", "environment"),
-    [
-        pytest.param(TIGHT, {}, id="page-1"),
-        pytest.param((*TIGHT, "--page-size", "16"), {}, id="page-16"),
-        pytest.param(
-            ("--max-total-tokens", "4096", "--disable-overlap-schedule"),
-            {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"},
-            id="retract-often",
-        ),
-    ],
-)
-def test_every_slot_comes_back(
-    start_server: StartServer, random_llama: Path, flags: tuple[str, ...], environment: dict[str, str]
-) -> None:
-    server = start_server(random_llama, *flags, **ONE_THREAD, **environment)
+#: Flags and environment variables of the servers, by name.
+SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "page-1": (TIGHT, {}),
+    "page-16": ((*TIGHT, "--page-size", "16"), {}),
+    "retract-often": (
+        ("--max-total-tokens", "4096", "--disable-overlap-schedule"),
+        {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "12"},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def server(request: pytest.FixtureRequest, random_llama: Path, logs: Path) -> Iterator[SabotagedServer]:
+    """A server with little memory, which the test-only plugin can make leak."""
+    flags, environment = SETTINGS[request.param]
+    log = logs / f"memory-{request.param}.log"
+    server = SabotagedServer(random_llama, log, (*LLM42_FLAGS, *flags), {**ONE_THREAD, **environment})
+    with running(server):
+        yield server
+
+
+def test_every_slot_comes_back(server: SabotagedServer) -> None:
     expected = run_alone(server, SUBJECTS)
     for round_ in range(2):
         assert _traffic(server, round_) == expected
@@ -121,15 +127,10 @@ def test_every_slot_comes_back(
     assert run_alone(server, SUBJECTS[:1]) == expected[:1]
 
 
-def test_a_leak_ends_the_server(random_llama: Path, logs: Path) -> None:
-    """The checks that the tests above rely on are on, and see what this package could forget."""
-    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192")
-    server = SabotagedServer(random_llama, logs / "leaking.log", flags, ONE_THREAD)
-    try:
-        server.wait_until_ready()
-        with pytest.raises(ServerError), server.broken("leak_candidates"):
-            for _ in range(5):
-                server.together(STOPPED)
-        assert "leak detected" in server.log.read_text().lower()
-    finally:
-        server.stop()
+@pytest.mark.parametrize("server", ["page-1"], indirect=True)
+def test_a_leak_ends_the_server(server: SabotagedServer) -> None:
+    """The checks that the test above relies on are on, and see what this package could forget."""
+    with pytest.raises(ServerError), server.broken("leak_candidates"):
+        for _ in range(5):
+            server.together(STOPPED)
+    assert "leak detected" in server.log.read_text().lower()
