@@ -33,7 +33,6 @@ EXTRAS["test"] = [
     "openai>=1.50",
     "pytest>=8",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.7",
     "ruff>=0.8",
 ]
 

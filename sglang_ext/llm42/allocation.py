@@ -46,7 +46,7 @@ def prepare_for_decode(batch: ScheduleBatch, step: DecodeStep) -> None:
             req.kv_committed_len += 1
 
     positions_cpu = torch.tensor(step.positions, dtype=torch.int64)
-    positions = positions_cpu.to(batch.device, non_blocking=True)
+    positions = to_device(positions_cpu, batch.device)
     slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices, positions].to(torch.int64)
     if step.idle:
         slots.index_fill_(0, to_device(step.idle, batch.device), 0)
@@ -85,23 +85,46 @@ def _pages(length: int, page_size: int) -> int:
 
 def _grow(batch: ScheduleBatch, wanted: Sequence[tuple[Req, int]]) -> None:
     """Allocate slots so that each request has at least the wanted KV length."""
-    from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
-
     growing = [(req, length) for req, length in wanted if length > req.kv.kv_allocated_len]
     if not growing:
         return
+    allocator = batch.tree_cache.token_to_kv_pool_allocator
+    if allocator.page_size == 1 and all(length == req.kv.kv_allocated_len + 1 for req, length in growing):
+        _grow_by_one(batch, [req for req, _ in growing])
+    else:
+        _grow_by_any(batch, growing)
+
+
+def _grow_by_one(batch: ScheduleBatch, reqs: Sequence[Req]) -> None:
+    """Allocate one slot for each of ``reqs``: nearly every decode step, so with few copies and launches."""
+    from sglang.srt.mem_cache.allocation import alloc_token_slots
+
+    slots = alloc_token_slots(batch.tree_cache, len(reqs))
+    table = batch.req_to_token_pool.req_to_token
+    pool, position = to_device(
+        [[req.req_pool_idx for req in reqs], [req.kv.kv_allocated_len for req in reqs]],
+        batch.device,
+        torch.int64,
+    )
+    table[pool, position] = slots.to(table.dtype)
+    for req in reqs:
+        req.kv.kv_allocated_len += 1
+
+
+def _grow_by_any(batch: ScheduleBatch, growing: Sequence[tuple[Req, int]]) -> None:
+    from sglang.srt.mem_cache.allocation import alloc_for_spec_decode
+
     reqs = [req for req, _ in growing]
     current = torch.tensor([req.kv.kv_allocated_len for req in reqs], dtype=torch.int32)
     target = torch.tensor([length for _, length in growing], dtype=torch.int32)
-    pool = torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int64)
     alloc_for_spec_decode(
         batch.tree_cache,
         batch.req_to_token_pool,
         reqs=reqs,
-        req_pool_indices=pool.to(batch.device, non_blocking=True),
-        cur_kv_lens=current.to(batch.device, non_blocking=True),
+        req_pool_indices=to_device([req.req_pool_idx for req in reqs], batch.device, torch.int64),
+        cur_kv_lens=to_device(current, batch.device),
         cur_kv_lens_cpu=current,
-        nxt_kv_lens=target.to(batch.device, non_blocking=True),
+        nxt_kv_lens=to_device(target, batch.device),
         nxt_kv_lens_cpu=target,
         num_needed_tokens=int((target - current).sum()),
         batch=batch,

@@ -155,6 +155,7 @@ class Runtime:
         self._step_number = 0
         self._sampling_step: DecodeStep | None = None
         self._rows_to_level: torch.Tensor | None = None
+        self._last_rows: sampling.SamplingRows | None = None
 
     # Life of a request
 
@@ -330,13 +331,20 @@ class Runtime:
         lanes = [lane for req in reqs if (lane := self._lane(req)) is not None]
         logits = self._process(logits, reqs, [lane.pending for lane in lanes])
         positions = written + 1
-        drafted, margins = sampling.sample_with_margin(logits, sampling_rows(reqs, self.device), positions)
+        drafted, margins = sampling.sample_with_margin(logits, self._decode_rows(reqs), positions)
         step.drafted, step.narrow = drafting, self._narrow(logits, drafted, margins)
         self._table.write(pool, positions, drafted)
         for lane in lanes:
             lane.drafted()
         token_ids[rows] = drafted.to(token_ids.dtype)
         return token_ids
+
+    def _decode_rows(self, reqs: Sequence[Req]) -> sampling.SamplingRows:
+        """Sampling parameters of a decode step's marked rows: mostly those of the step before."""
+        params = tuple(_row_params(req) for req in reqs)
+        if self._last_rows is None or self._last_rows.params != params:
+            self._last_rows = sampling.SamplingRows.from_params(params, self.device)
+        return self._last_rows
 
     def level_marked_rows(self, logits: torch.Tensor) -> None:
         """Make all tokens equal in the marked rows of a decode batch, once SGLang has processed its logits.

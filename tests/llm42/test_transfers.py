@@ -83,6 +83,7 @@ def engine() -> Runtime:
     made._rounding = 0.0
     made._sampling_step = None
     made._rows_to_level = None
+    made._last_rows = None
     return made
 
 
@@ -137,6 +138,20 @@ def test_a_decode_step_feeds_and_keeps_candidates_in_three_copies(engine: Runtim
         pool = torch.tensor([step.reqs[row].req_pool_idx])
         assert engine._table.read(pool, torch.tensor([position])).item() == expected[row]
         assert step.reqs[row].llm42.lane.pending == 1
+
+
+def test_sampling_parameters_travel_once_while_the_same_rows_decode(
+    engine: Runtime, copies: list[Any]
+) -> None:
+    reqs = [_request(12), _request(15, temperature=0.7)]
+    first = engine._decode_rows(reqs)
+    sent = len(copies)
+    assert engine._decode_rows(list(reqs)) is first and len(copies) == sent
+    for others in (reqs[::-1], reqs[:1], [*reqs, _request(16)], [reqs[0], _request(17, temperature=0.7)]):
+        rows = engine._decode_rows(others)
+        assert rows is not first
+        assert rows.seed.tolist() == [req.req_pool_idx for req in others], "each request's own seed"
+        assert rows.greedy.tolist() == [req.sampling_params.temperature == 0 for req in others]
 
 
 def test_a_request_that_ended_before_sampling_drafts_nothing(engine: Runtime) -> None:
