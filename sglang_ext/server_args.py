@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from typing import Any
 
+import torch
 from sglang.srt.arg_groups.arg_utils import A, Arg
 from sglang.srt.server_args import ServerArgs as SGLangServerArgs
 
@@ -322,11 +323,18 @@ class ServerArgs(SGLangServerArgs):
         if self.enable_tokenweave:
             self._leave_all_reduces_to_tokenweave()
         if self.enable_llm42:
+            self._choose_flashinfer()
             self._refuse(requirements.unsupported(self))
         super().__post_init__()
         if self.enable_llm42:
             # Again: SGLang's own resolution may have switched something on, and the model is known now.
             self._refuse(requirements.unsupported(self) + requirements.unsupported_model(self))
+
+    def _choose_flashinfer(self: Any) -> None:
+        """For attention on a GPU, where nobody asked for another backend: SGLang's own choice may be one."""
+        on_gpu = self.device == "cuda" or (self.device is None and torch.cuda.is_available())
+        if on_gpu and self.attention_backend is None:
+            self.attention_backend = "flashinfer"
 
     def _leave_all_reduces_to_tokenweave(self) -> None:
         """Keep SGLang from fusing them with FlashInfer, which it does by itself on some GPUs."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from sglang_ext import hooks, launch_server
@@ -223,6 +224,26 @@ def test_a_gpu_needs_flashinfer(settings: dict[str, Any], works: bool) -> None:
     found = requirements.unsupported(_plain_arguments(device="cuda", **settings))
     assert not found if works else "--attention-backend other than flashinfer" in " ".join(found)
     assert not requirements.unsupported(_plain_arguments(device="cpu", **settings)), "a CPU has its own"
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "backend"),
+    [
+        ({"device": "cuda"}, True, "flashinfer"),
+        ({"device": None}, True, "flashinfer"),
+        ({"device": None}, False, None),
+        ({"device": "cpu"}, True, None),
+        ({"device": "cuda", "attention_backend": "fa3"}, True, "fa3"),
+        ({"device": "cuda", "decode_attention_backend": "flashinfer"}, True, "flashinfer"),
+    ],
+)
+def test_a_gpu_gets_flashinfer_where_no_backend_was_asked_for(
+    settings: dict[str, Any], gpus: bool, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    arguments = _plain_arguments(**settings)
+    ServerArgs._choose_flashinfer(arguments)
+    assert arguments.attention_backend == backend
 
 
 def test_sessions_in_the_radix_cache_are_refused() -> None:
