@@ -1,7 +1,4 @@
-"""Three minutes of the stress run (``scripts/stress_llm42.py``), on a random model that often rolls back.
-
-References of an idle server take a third of them, traffic the others.
-"""
+"""Three minutes of the stress run (``scripts/stress_llm42.py``), on a random model that often rolls back."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from stress_llm42 import Settings, State
 from workloads import ONE_THREAD, VOCABULARY, random_prompts
 
 ROUND_S = 30.0
-ROUNDS = 4
+ROUNDS = 6
 
 #: Slots of the KV pool, a third of what the clients ask for at once.
 POOL = 960
