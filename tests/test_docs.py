@@ -249,4 +249,4 @@ def test_no_folder_of_one_machine_is_named(file: Path) -> None:
 
 def test_a_folder_of_one_machine_is_recognised() -> None:
     assert _LOCAL_PATH.search("results in /tmp/run-7/state") and _LOCAL_PATH.search("`/home/x`")
-    assert not _LOCAL_PATH.search("`ipc://` files in `/tmp`, tests/work/x, https://host/tmp/x")
+    assert not _LOCAL_PATH.search("`ipc://` files in `/tmp`, tests/home/x, https://host/tmp/x")

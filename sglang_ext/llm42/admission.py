@@ -59,7 +59,7 @@ class Admission:
 
     def admits(self, batch: Sequence[Req], req: Req) -> bool:
         """Whether ``batch``, as it is, takes ``req`` if there is room."""
-        if batch and _marked(batch[0]) != _marked(req):
+        if batch and deterministic.has_state(batch[0]) != deterministic.has_state(req):
             return False
         if self._by_priority and self._passed_over:
             return req.priority == self._passed_over[0].priority
@@ -79,7 +79,7 @@ class Admission:
             has_part: whether the batch holds a part of a long prompt. While one is computed its kind is that
                 of every batch, so the batch must not take the next long prompt behind ``req``.
         """
-        if _marked(batch[0]) == _marked(req):
+        if deterministic.has_state(batch[0]) == deterministic.has_state(req):
             return False  # of lower priority than one that was passed over
         again = req is self._owed
         if not self._passed_over:
@@ -88,7 +88,3 @@ class Admission:
             return False
         self._passed_over.append(req)
         return True
-
-
-def _marked(req: Req) -> bool:
-    return deterministic.of(req) is not None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def any_deterministic(reqs: Sequence[Req]) -> bool:
     """Whether a marked request is among ``reqs``."""
-    return any(deterministic.of(req) is not None for req in reqs)
+    return any(deterministic.has_state(req) for req in reqs)
 
 
 def prepare_for_decode(batch: ScheduleBatch, step: DecodeStep) -> None:

@@ -132,6 +132,11 @@ def of(req: Req) -> DeterministicRequest | None:
     return getattr(req, "llm42", None)
 
 
+def has_state(req: Req) -> bool:
+    """Whether ``req`` is marked and has its state."""
+    return of(req) is not None
+
+
 def attach(req: Req, weights_generation: int) -> None:
     """Give a marked ``req`` its state and the radix-cache namespace of canonical KV.
 
@@ -159,6 +164,6 @@ def canonical_key(extra_key: str | None, weights_generation: int) -> str:
 
 def renew_namespace(req: Req, weights_generation: int) -> None:
     """Let a marked ``req`` that has not begun meet canonical entries of new weights only."""
-    if of(req) is not None:
+    if has_state(req):
         assert req.extra_key is not None
         req.extra_key = canonical_key(req.extra_key.rpartition(CANONICAL_NAMESPACE)[0], weights_generation)

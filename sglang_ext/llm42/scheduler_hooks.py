@@ -167,7 +167,7 @@ def _unlimited_tokens(adder: Any) -> Iterator[None]:
 def prepare_for_extend(result: None, batch: ScheduleBatch) -> None:
     """After ``ScheduleBatch.prepare_for_extend``: marked requests enter the lane."""
     for req in batch.reqs:
-        if deterministic.of(req) is not None:
+        if deterministic.has_state(req):
             req.kv_committed_len = len(req.prefix_indices)
             runtime().admit(req)
             # SGLang would not run a batch again that has no output to generate; the lane has yet to start.
@@ -394,7 +394,7 @@ def apply_logprobs(original: Callable[..., None], processor: Any, *, req: Req, *
 
 def accept_for_streaming(original: Callable[..., None], accumulator: Any, *, req: Req) -> None:
     """Around the output accumulator's ``accept``: no empty chunks while candidates wait."""
-    waiting = deterministic.of(req) is not None and not req.finished()
+    waiting = deterministic.has_state(req) and not req.finished()
     if waiting and req.send_token_offset >= len(req.output_ids):
         return
     original(accumulator, req=req)

@@ -69,7 +69,7 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
     grammars = scheduler.grammar_manager
     # With a grammar that is ready, a request enters the queue and may leave it within SGLang's own function.
     if scheduler.llm42_fingerprint is not None or not any(
-        map(_is_marked, (*scheduler.waiting_queue, *grammars.grammar_queue))
+        map(deterministic.has_state, (*scheduler.waiting_queue, *grammars.grammar_queue))
     ):
         return original(scheduler, *args, **kwargs)
     waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
@@ -90,9 +90,9 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: A
 def _refuse_marked(scheduler: Any) -> None:
     """End marked requests that have not begun with an error; every other stays where it is."""
     grammars = scheduler.grammar_manager
-    refused = [req for req in (*scheduler.waiting_queue, *grammars.grammar_queue) if _is_marked(req)]
-    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if not _is_marked(req)]
-    grammars.grammar_queue = [req for req in grammars.grammar_queue if not _is_marked(req)]
+    refused = [*filter(deterministic.has_state, (*scheduler.waiting_queue, *grammars.grammar_queue))]
+    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if not deterministic.has_state(req)]
+    grammars.grammar_queue = [req for req in grammars.grammar_queue if not deterministic.has_state(req)]
     for req in refused:
         _send_error(scheduler, req, NOT_CERTIFIED)
     logger.error("%d deterministic requests were refused: %s", len(refused), NOT_CERTIFIED)
@@ -118,17 +118,13 @@ def _refuses_marked(scheduler: Any) -> bool:
     return getattr(scheduler, "llm42_refuses_marked", False)
 
 
-def _is_marked(req: Req) -> bool:
-    return deterministic.of(req) is not None
-
-
 def _end_running(scheduler: Any) -> int:
     """End requests that hold memory; SGLang takes it back when it processes their next step."""
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     batches = (scheduler.running_batch, scheduler.last_batch)
     reqs = {req for batch in batches if batch is not None for req in batch.reqs}
-    ended = [req for req in reqs if deterministic.of(req) is not None and not req.finished()]
+    ended = [req for req in reqs if deterministic.has_state(req) and not req.finished()]
     for req in ended:
         req.to_finish = FINISH_ABORT(MESSAGE, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
     return len(ended)
@@ -136,7 +132,7 @@ def _end_running(scheduler: Any) -> int:
 
 def _end_waiting(scheduler: Any, generation: int) -> int:
     """End retracted requests that have output already; those that have none begin under the new weights."""
-    ended = [req for req in scheduler.waiting_queue if deterministic.of(req) is not None and req.output_ids]
+    ended = [req for req in scheduler.waiting_queue if deterministic.has_state(req) and req.output_ids]
     scheduler.waiting_queue = [req for req in scheduler.waiting_queue if req not in ended]
     for req in ended:
         _send_error(scheduler, req, MESSAGE)
