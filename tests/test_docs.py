@@ -112,13 +112,13 @@ def test_what_the_structure_names_exists() -> None:
     assert not [name for name in _named_in_structure() if not (ROOT / name).is_file()]
 
 
-# Links
-
-
 def test_every_module_of_tests_has_a_name_of_its_own() -> None:
     """pytest imports them by their bare names, and ends before the first test where two are the same."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, times in names.items() if times > 1] == []
+
+
+# Links
 
 
 def _links() -> Iterator[tuple[Path, str]]:
