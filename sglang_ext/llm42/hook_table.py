@@ -69,7 +69,7 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
         Kind.AROUND,
         "forward_batch_generation",
-        "canonical passes are launched beside decode; marked prefill computes nothing",
+        "canonical passes are launched beside decode",
     ),
     _row(
         "sglang.srt.model_executor.model_runner.ModelRunner.sample",
@@ -85,9 +85,9 @@ HOOKS: tuple[Hook, ...] = (
     ),
     _row(
         f"{_RESULTS}.process_batch_result_prefill",
-        Kind.AROUND,
+        Kind.BEFORE,
         "process_prefill_result",
-        "a marked request has no token after its prefill batch",
+        "SGLang issue 34719",
     ),
     _row(
         f"{_RESULTS}._normalize_decode_outputs",
@@ -165,8 +165,8 @@ HOOKS: tuple[Hook, ...] = (
         "sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill",
         Kind.AROUND,
         "get_new_batch_prefill",
-        "updated weights are certified before a marked request begins with them",
-        module="weight_updates",
+        "a marked prefill batch joins the running batch unrun, after updated weights were certified",
+        module="prefill",
     ),
     *(
         _row(

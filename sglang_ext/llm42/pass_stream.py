@@ -197,6 +197,10 @@ class SlotGuard:
         self._pass = under_way
         self._left = len(self._allocator.free_pages) if self._allocator.page_size == 1 else 0
 
+    def taken(self, slots: int) -> None:
+        """``slots`` KV slots were given to requests whose forward is not the next one."""
+        self._left -= slots
+
     def before_forward(self, slots: int, prompts: bool) -> None:
         """Let the current stream wait if its next forward may write to slots that were freed.
 
@@ -206,7 +210,7 @@ class SlotGuard:
         """
         if self._pass is None:
             return
-        self._left -= slots
+        self.taken(slots)
         if self._pass.ready():
             self._pass = None
         elif prompts or self._left < 0:

@@ -150,6 +150,7 @@ class Runtime:
         )
         self._sharing = PrefixSharing(model_runner.token_to_kv_pool)
         self._anything_canonical = False
+        self._anybody_joined = False
         self._requests: dict[LaneRequest, Req] = {}
         self._launched: deque[LaunchedPass] = deque()
         self._step_number = 0
@@ -189,6 +190,11 @@ class Runtime:
             return
         for launched in self._launched:
             self._slot_guard.freeing(launched.results)
+
+    def joined(self, slots: int) -> None:
+        """Marked requests were given ``slots`` slots and joined the running batch."""
+        self._slot_guard.taken(slots)
+        self._anybody_joined = True
 
     def before_forward(self, slots: int, prompts: bool) -> None:
         """A forward of SGLang is about to be launched; see :class:`SlotGuard` and :class:`PrefixSharing`."""
@@ -295,6 +301,7 @@ class Runtime:
         Returns:
             SGLang's result with the step attached as ``llm42``.
         """
+        self._anybody_joined = False
         self._launch(step.useful)
         if step.useful:
             self._feed_candidates(step, batch)
@@ -387,13 +394,13 @@ class Runtime:
 
     # Canonical passes
 
-    def launch_admitted(self) -> None:
-        """Begin with the prompts of a batch that was just admitted, unless a pass is under way.
-
-        Nothing else runs in the scheduler's turn that admits them, and the device would run dry.
-        """
-        self._apply_ended()
-        self._launch(can_decode=True)
+    def launch_joined(self) -> None:
+        """Begin with prompts that have just joined, unless a pass is under way: this turn computes a prefill
+        batch, and more may follow before the next decode step."""
+        joined, self._anybody_joined = self._anybody_joined, False
+        if joined:
+            self._apply_ended()
+            self._launch(can_decode=True)
 
     def _launch(self, can_decode: bool) -> None:
         live = [lane for lane, req in self._requests.items() if not req.finished()]

@@ -238,34 +238,23 @@ def forward_batch_generation(
     """Around ``TpModelWorker.forward_batch_generation``."""
     if batch is None:
         return original(worker, batch, *args, **kw)
-    _guard_slots(batch)
-    if batch.forward_mode.is_extend():
-        if allocation.any_deterministic(batch.reqs):
-            return _skip_prefill(batch)
-        return original(worker, batch, *args, **kw)
+    _before_forward(batch)
     step: DecodeStep | None = getattr(batch, "llm42", None)
     if step is None:
         return original(worker, batch, *args, **kw)
     return runtime().run_step(step, batch, lambda: original(worker, batch, *args, **kw))
 
 
-def _guard_slots(batch: ScheduleBatch) -> None:
-    """Let this batch's forward wait if it may write to slots that a canonical pass under way still uses."""
+def _before_forward(batch: ScheduleBatch) -> None:
+    """Let this batch's forward wait if it may write to slots that a canonical pass under way still uses, and
+    start on marked prompts if it is not a decode step, which would."""
     if _runtime is None:
         return
+    prompts = batch.forward_mode.is_extend()
     slots = 0 if batch.out_cache_loc is None else len(batch.out_cache_loc)
-    extend = batch.forward_mode.is_extend()
-    # A marked prefill batch takes slots, but nothing is computed.
-    prompts = extend and not allocation.any_deterministic(batch.reqs)
     _runtime.before_forward(slots, prompts)
-
-
-def _skip_prefill(batch: ScheduleBatch) -> GenerationBatchResult:
-    """Result of a marked prefill batch: memory is allocated, the lane computes the prompts, from now on."""
-    from sglang_ext.llm42.runtime import empty_result
-
-    runtime().launch_admitted()
-    return empty_result(len(batch.reqs), batch)
+    if prompts:
+        _runtime.launch_joined()
 
 
 def sample(
@@ -283,22 +272,9 @@ def logits_preprocessed(result: None, model_runner: Any, logits_output: Any, sam
 # Results
 
 
-def process_prefill_result(
-    original: Callable[..., None], processor: Any, batch: ScheduleBatch, result: GenerationBatchResult
-) -> None:
-    """Around ``process_batch_result_prefill``: a marked request has no token yet."""
-    if not allocation.any_deterministic(batch.reqs):
-        _fill_token_ids_logprobs(result.logits_output)
-        original(processor, batch, result)
-        return
-    if result.copy_done is not None:
-        result.copy_done.synchronize()
-    processor.metrics_reporter.report_prefill_stats(
-        batch=batch,
-        prefill_stats=batch.prefill_stats,
-        can_run_cuda_graph=False,
-        dp_cooperation_info=batch.dp_cooperation_info,
-    )
+def process_prefill_result(processor: Any, batch: ScheduleBatch, result: GenerationBatchResult) -> None:
+    """Before ``process_batch_result_prefill``; see :func:`_fill_token_ids_logprobs`."""
+    _fill_token_ids_logprobs(result.logits_output)
 
 
 def decode_outputs(

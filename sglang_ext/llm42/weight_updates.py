@@ -64,27 +64,27 @@ def forget_old_weights(scheduler: Scheduler) -> None:
         logger.warning("Weights updated: %d deterministic requests end with an error.", running + waiting)
 
 
-def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """Around ``Scheduler.get_new_batch_prefill``: no marked request begins before weights are certified."""
+def plan_prefill(original: Callable[..., Any], scheduler: Any, *args: Any) -> Any:
+    """``Scheduler.get_new_batch_prefill``, but no marked request begins before weights are certified."""
     grammars = scheduler.grammar_manager
     # With a grammar that is ready, a request enters the queue and may leave it within SGLang's own function.
     if scheduler.llm42_fingerprint is not None or not any(
         map(deterministic.has_state, (*scheduler.waiting_queue, *grammars.grammar_queue))
     ):
-        return original(scheduler, *args, **kwargs)
+        return original(scheduler, *args)
     waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
     compiling, grammars.grammar_queue = grammars.grammar_queue, []
     certify_if_idle(scheduler)
     if not _refuses_marked(scheduler) and scheduler.llm42_fingerprint is None:
         # What has begun goes on, a prompt that is computed in parts included; nothing else begins.
-        plan = original(scheduler, *args, **kwargs)
+        plan = original(scheduler, *args)
         scheduler.waiting_queue = waiting + scheduler.waiting_queue
         grammars.grammar_queue = compiling
         return plan
     scheduler.waiting_queue, grammars.grammar_queue = waiting, compiling
     if _refuses_marked(scheduler):
         _refuse_marked(scheduler)
-    return original(scheduler, *args, **kwargs)
+    return original(scheduler, *args)
 
 
 def _refuse_marked(scheduler: Any) -> None:

@@ -43,7 +43,7 @@ def _req(marked: bool) -> Any:
 
 def _plan(scheduler: Any) -> list[Any]:
     """The requests that SGLang could admit."""
-    return weight_updates.get_new_batch_prefill(lambda s: list(s.waiting_queue), scheduler)
+    return weight_updates.plan_prefill(lambda s: list(s.waiting_queue), scheduler)
 
 
 @pytest.fixture
