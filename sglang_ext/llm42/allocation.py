@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42.runtime import DecodeStep
+from sglang_ext.llm42.drafting import DecodeStep
 from sglang_ext.llm42.transfer import to_device
 
 if TYPE_CHECKING:

@@ -132,6 +132,12 @@ def of(req: Req) -> DeterministicRequest | None:
     return getattr(req, "llm42", None)
 
 
+def lane_of(req: Req) -> LaneRequest | None:
+    """Positions of ``req`` in the lane; None if it is unmarked or holds no memory."""
+    state = of(req)
+    return None if state is None else state.lane
+
+
 def has_state(req: Req) -> bool:
     """Whether ``req`` is marked and has its state."""
     return of(req) is not None

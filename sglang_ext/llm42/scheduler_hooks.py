@@ -20,9 +20,10 @@ from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.attention import canonical_attention_factory
 from sglang_ext.llm42.commit import commit
 from sglang_ext.llm42.config import Llm42Config
+from sglang_ext.llm42.drafting import DecodeStep
 from sglang_ext.llm42.observability.observer import Observer
 from sglang_ext.llm42.report import Report
-from sglang_ext.llm42.runtime import DecodeStep, Runtime
+from sglang_ext.llm42.runtime import Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,8 +85,9 @@ def certify(scheduler: Scheduler) -> None:
     Raises:
         CertificationError: rows of canonical passes are not invariant with this model and configuration.
     """
-    runtime().wait_for_passes()
-    passes = runtime().canonical_passes
+    verification = runtime().verification
+    verification.wait()
+    passes = verification.passes
     certificate = certify_quickly(passes.full)
     scheduler.llm42_fingerprint = certificate.fingerprint
     logger.info(
@@ -96,7 +98,7 @@ def certify(scheduler: Scheduler) -> None:
     )
     started = time.perf_counter()
     sizes = certify_sizes(passes, quick=True)
-    runtime().allow_sizes(size.segments for size in sizes if size.passed)
+    verification.allow_sizes(size.segments for size in sizes if size.passed)
     if sizes:
         seconds = time.perf_counter() - started
         logger.info("Smaller passes (%.1f s): %s", seconds, "; ".join(map(str, sizes)))
@@ -261,12 +263,14 @@ def sample(
     original: Callable[..., torch.Tensor], model_runner: Any, logits_output: Any, forward_batch: Any
 ) -> Any:
     """Around ``ModelRunner.sample``."""
-    return runtime().sample(logits_output, lambda: original(model_runner, logits_output, forward_batch))
+    return runtime().drafting.sample(
+        logits_output, lambda: original(model_runner, logits_output, forward_batch)
+    )
 
 
 def logits_preprocessed(result: None, model_runner: Any, logits_output: Any, sampling_info: Any) -> None:
     """After ``ModelRunner._preprocess_logits``: what is in the marked rows is not SGLang's to sample."""
-    runtime().level_marked_rows(logits_output.next_token_logits)
+    runtime().drafting.level_marked_rows(logits_output.next_token_logits)
 
 
 # Results

@@ -57,7 +57,7 @@ def forget_old_weights(scheduler: Scheduler) -> None:
     scheduler.llm42_fingerprint = None
     scheduler.llm42_refuses_marked = False
     # Smaller passes were compared with the full one under the old weights.
-    runtime.allow_sizes(())
+    runtime.verification.allow_sizes(())
     running = _end_running(scheduler)
     waiting = _end_waiting(scheduler, runtime.weights_generation)
     if running or waiting:

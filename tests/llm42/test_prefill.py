@@ -115,8 +115,11 @@ def passes() -> Any:
     engine.slots = []
     engine._slot_guard = SimpleNamespace(taken=engine.slots.append)
     engine.launches = []
-    engine._launch = lambda can_decode: engine.launches.append(can_decode)
-    engine._apply_ended = lambda: None
+    engine._requests, engine._step_number = {}, 3
+    engine.verification = SimpleNamespace(
+        apply_ended=lambda: engine.launches.append("apply"),
+        launch=lambda requests, step, can_decode: engine.launches.append((requests, step, can_decode)),
+    )
     return engine
 
 
@@ -126,4 +129,4 @@ def test_a_turn_with_a_prefill_batch_starts_on_prompts_that_joined_and_on_nothin
     passes.joined(7)
     passes.launch_joined()
     passes.launch_joined()
-    assert passes.launches == [True] and passes.slots == [7]
+    assert passes.launches == ["apply", ({}, 3, True)] and passes.slots == [7]

@@ -10,14 +10,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sglang_ext.llm42 import canonical_pass, logit_processing, runtime, sampling
+from sglang_ext.llm42 import canonical_pass, drafting, logit_processing, marked_rows, sampling, verification
 from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment
+from sglang_ext.llm42.drafting import DecodeStep, Drafting
 from sglang_ext.llm42.lane import LaneRequest, SegmentKind
 from sglang_ext.llm42.logit_processing import RequestRows
 from sglang_ext.llm42.request import DeterministicRequest
-from sglang_ext.llm42.runtime import DecodeStep, Runtime, consecutive_rows
 from sglang_ext.llm42.sampling import RowParams, SamplingRows
 from sglang_ext.llm42.transfer import to_device
+from sglang_ext.llm42.verification import consecutive_rows
 
 POOL, VOCABULARY, CAPACITY = 20, 50, 8
 
@@ -39,7 +40,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return made(*args, **kwargs)
 
     monkeypatch.setattr(torch, "tensor", on_host)
-    for module in (canonical_pass, logit_processing, runtime, sampling):
+    for module in (canonical_pass, drafting, logit_processing, sampling, verification):
         monkeypatch.setattr(module, "to_device", counting)
     return sent
 
@@ -75,19 +76,12 @@ def _request(pool: int, marked: bool = True, temperature: float = 0.0, **more: A
 
 
 @pytest.fixture
-def engine() -> Runtime:
-    """A runtime without a model: what a decode step touches."""
-    made = object.__new__(Runtime)
-    made.device = "cpu"
-    made._table = CandidateTable(POOL, CAPACITY, "cpu")
-    made._rounding = 0.0
-    made._sampling_step = None
-    made._rows_to_level = None
-    made._last_rows = None
-    return made
+def engine() -> Drafting:
+    """Decode steps without a model."""
+    return Drafting(CandidateTable(POOL, CAPACITY, "cpu"), "cpu", torch.float32)
 
 
-def _step(engine: Runtime) -> tuple[DecodeStep, Any]:
+def _step(engine: Drafting) -> tuple[DecodeStep, Any]:
     """Rows 0 and 3 unmarked, 1, 4 and 5 drafting at positions 4, 5 and 6, 2 idle."""
     reqs = [
         _request(11, marked=False),
@@ -103,7 +97,7 @@ def _step(engine: Runtime) -> tuple[DecodeStep, Any]:
     return step, SimpleNamespace(input_ids=torch.tensor([40, 41, 42, 43, 44, 45], dtype=torch.int32))
 
 
-def _sampled(engine: Runtime, step: DecodeStep) -> tuple[torch.Tensor, torch.Tensor]:
+def _sampled(engine: Drafting, step: DecodeStep) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the step (before SGLang's sampler changes them), and the tokens of its rows."""
     logits = torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
@@ -113,7 +107,6 @@ def _sampled(engine: Runtime, step: DecodeStep) -> tuple[torch.Tensor, torch.Ten
         assert logits[[1, 2, 4, 5]].eq(0).all() and torch.equal(logits[[0, 3]], before[[0, 3]])
         return torch.tensor([7, 7, 7, 7, 7, 7])
 
-    engine._sampling_step = step
     return before, engine.sample(cast("Any", SimpleNamespace(next_token_logits=logits)), of_sglang)
 
 
@@ -124,10 +117,12 @@ def _expected(logits: torch.Tensor, step: DecodeStep, row: int) -> int:
     return int(sampling.sample(logits[row : row + 1], SamplingRows.from_params([one]), position))
 
 
-def test_a_decode_step_feeds_and_keeps_candidates_in_three_copies(engine: Runtime, copies: list[Any]) -> None:
+def test_a_decode_step_feeds_and_keeps_candidates_in_three_copies(
+    engine: Drafting, copies: list[Any]
+) -> None:
     step, batch = _step(engine)
     given = batch.input_ids
-    engine._feed_candidates(step, batch)
+    engine.feed(step, batch)
     assert batch.input_ids.tolist() == [40, 31, 0, 43, 32, 33]
     assert given.tolist() == [40, 41, 42, 43, 44, 45], "SGLang's own tensor must stay as it is"
     logits, token_ids = _sampled(engine, step)
@@ -141,7 +136,7 @@ def test_a_decode_step_feeds_and_keeps_candidates_in_three_copies(engine: Runtim
 
 
 def test_sampling_parameters_travel_once_while_the_same_rows_decode(
-    engine: Runtime, copies: list[Any]
+    engine: Drafting, copies: list[Any]
 ) -> None:
     reqs = [_request(12), _request(15, temperature=0.7)]
     first = engine._decode_rows(reqs)
@@ -154,9 +149,9 @@ def test_sampling_parameters_travel_once_while_the_same_rows_decode(
         assert rows.greedy.tolist() == [req.sampling_params.temperature == 0 for req in others]
 
 
-def test_a_request_that_ended_before_sampling_drafts_nothing(engine: Runtime) -> None:
+def test_a_request_that_ended_before_sampling_drafts_nothing(engine: Drafting) -> None:
     step, batch = _step(engine)
-    engine._feed_candidates(step, batch)
+    engine.feed(step, batch)
     step.reqs[1].llm42.lane = None
     logits, token_ids = _sampled(engine, step)
     assert step.drafted == [4, 5]
@@ -165,12 +160,11 @@ def test_a_request_that_ended_before_sampling_drafts_nothing(engine: Runtime) ->
     assert engine._table.read(torch.tensor([16]), torch.tensor([7])).item() == _expected(logits, step, 5)
 
 
-def test_a_batch_without_marked_rows_sends_nothing(engine: Runtime, copies: list[Any]) -> None:
+def test_a_batch_without_marked_rows_sends_nothing(engine: Drafting, copies: list[Any]) -> None:
     step = DecodeStep([_request(11, marked=False)], [9], [], [], {})
     batch: Any = SimpleNamespace(input_ids=torch.tensor([40]))
-    engine._feed_candidates(step, batch)
+    engine.feed(step, batch)
     logits = torch.ones(1, VOCABULARY)
-    engine._sampling_step = step
 
     def of_sglang() -> torch.Tensor:
         engine.level_marked_rows(logits)
@@ -215,19 +209,19 @@ def _decoded(pool: int, decided: list[int], **more: Any) -> Any:
     return req
 
 
-def test_a_decode_step_of_penalised_rows_takes_one_copy_more(engine: Runtime, copies: list[Any]) -> None:
+def test_a_decode_step_of_penalised_rows_takes_one_copy_more(engine: Drafting, copies: list[Any]) -> None:
     step, batch = _step(engine)
     for row, more in zip((1, 4, 5), PENALISED, strict=False):
         pool = step.reqs[row].req_pool_idx
         step.reqs[row] = _decoded(pool, [1, 2, 2], **more)
-    engine._feed_candidates(step, batch)
+    engine.feed(step, batch)
     _sampled(engine, step)
     assert len(copies) == 4
 
 
 @pytest.mark.parametrize("decided", [[], [1, 2, 2, 30]])
 def test_rows_of_a_pass_are_penalised_alike_in_one_copy(
-    engine: Runtime, copies: list[Any], decided: list[int]
+    engine: Drafting, copies: list[Any], decided: list[int]
 ) -> None:
     """Each verified row as if the request had ended before it; a neighbour without penalties stays alone."""
     reqs = [_decoded(12 + number, decided, **more) for number, more in enumerate(PENALISED)]
@@ -238,7 +232,9 @@ def test_rows_of_a_pass_are_penalised_alike_in_one_copy(
             engine._table.write(pool, torch.tensor([position]), torch.tensor([token]))
     rows = [*((req, earlier) for req in reqs for earlier in range(4)), (_request(17), 0), (reqs[0], 2)]
     logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(0))
-    found = engine._process(logits.clone(), [req for req, _ in rows], [earlier for _, earlier in rows])
+    found = marked_rows.process(
+        logits.clone(), [req for req, _ in rows], [earlier for _, earlier in rows], engine._table
+    )
     assert len(copies) == 1
     for row, (req, earlier) in enumerate(rows):
         expected, params = logits[row].clone(), req.sampling_params
@@ -255,13 +251,13 @@ def test_rows_of_a_pass_are_penalised_alike_in_one_copy(
         torch.testing.assert_close(found[row], expected)
 
 
-def test_stop_tokens_are_looked_up_once(engine: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_tokens_are_looked_up_once(engine: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up: list[Any] = []
     original = logit_processing.stop_tokens
     monkeypatch.setattr(logit_processing, "stop_tokens", lambda req: looked_up.append(req) or original(req))
     reqs = [_decoded(12 + number, [1], **more) for number, more in enumerate(PENALISED)]
     for earlier in (0, 1, 2):
-        engine._process(torch.zeros(len(reqs), VOCABULARY), reqs, [earlier] * len(reqs))
+        marked_rows.process(torch.zeros(len(reqs), VOCABULARY), reqs, [earlier] * len(reqs), engine._table)
     assert looked_up == reqs
 
 

@@ -17,7 +17,9 @@ class _Scheduler:
     def __init__(self, waiting: list[Any], idle: bool = True) -> None:
         self.waiting_queue = waiting
         self.sizes: tuple[int, ...] | None = None
-        self.llm42 = SimpleNamespace(weights_generation=0, allow_sizes=self._allow)
+        self.llm42 = SimpleNamespace(
+            weights_generation=0, verification=SimpleNamespace(allow_sizes=self._allow)
+        )
         self.llm42_fingerprint: str | None = "old"
         self.running_batch = self.last_batch = None
         self.grammar_manager = SimpleNamespace(grammar_queue=[])

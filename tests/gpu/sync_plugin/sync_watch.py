@@ -98,18 +98,18 @@ def _watch(owner: Any, name: str, theirs: int | None = None) -> None:
 
 def register() -> None:
     """Watch our parts of a step."""
-    from sglang_ext.llm42 import allocation, runtime
+    from sglang_ext.llm42 import allocation, drafting, runtime, verification
 
-    engine = runtime.Runtime
-    apply, run_step = engine._apply, engine.run_step
+    engine, passes = runtime.Runtime, verification.Verification
+    apply, run_step = passes._apply, engine.run_step
 
     def consuming(self: Any, launched: Any) -> None:
         TOTALS.consumed = True
         apply(self, launched)
 
-    engine._apply = consuming  # type: ignore[method-assign]
+    passes._apply = consuming  # type: ignore[method-assign]
     _watch(engine, "begin_step")
-    _watch(engine, "sample", theirs=2)
+    _watch(drafting.Drafting, "sample", theirs=2)
     _watch(allocation, "prepare_for_decode")
 
     def step(self: Any, decode_step: Any, batch: Any, decode: Callable[[], Any]) -> Any:
