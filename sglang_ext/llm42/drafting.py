@@ -10,7 +10,6 @@ import torch
 
 from sglang_ext.llm42 import marked_rows, sampling
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42.request import Verdict
 from sglang_ext.llm42.transfer import to_device
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ class DecodeStep:
         positions: position at which each row writes KV; 0 for an idle row.
         drafting: rows that draft a candidate.
         idle: rows that have nothing to decode: prompt unfinished, or enough candidates waiting.
-        verdicts: what passes decided since the last step, by row.
         drafted: rows that did draft a candidate, once they have.
         narrow: of each of these, whether its candidate won narrowly, bool ``[len(drafted)]`` on the host,
             complete when SGLang has the step's result there.
@@ -58,7 +56,6 @@ class DecodeStep:
     positions: list[int]
     drafting: list[int]
     idle: list[int]
-    verdicts: dict[int, list[Verdict]]
     drafted: list[int] = field(default_factory=list)
     narrow: torch.Tensor | None = None
     marked: DeviceRows | None = None

@@ -25,7 +25,8 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     """Around ``Scheduler.get_new_batch_prefill``: no marked request begins before updated weights are
     certified, and those that begin join the running batch at once."""
     plan = weight_updates.plan_prefill(original, scheduler, running_batch)
-    if _join(scheduler, plan):
+    # Whom this call preempted must not return before the result of its last step has been processed.
+    if _join(scheduler, plan) and not any(req.is_retracted for req in scheduler.waiting_queue):
         plan = weight_updates.plan_prefill(original, scheduler, plan.running_batch)
         _join(scheduler, plan)  # more of them, if a limit on one batch kept them out of the first
     return plan

@@ -119,6 +119,12 @@ class DeterministicRequest:
                     # No token was allowed (a contradictory grammar): SGLang ends the request when it commits.
                     self.matcher = None
 
+    def take_verdicts(self) -> list[Verdict]:
+        """What was decided and is committed now."""
+        taken = list(self.verdicts)
+        self.verdicts.clear()
+        return taken
+
     def leave(self) -> None:
         """Leave the lane: the request gives its memory back. What was decided but not committed is dropped;
         it will be decided again, alike, should the request return."""

@@ -6,8 +6,8 @@ Each decode step of a batch that holds deterministic requests goes through three
    applied, then every row of the batch gets the position that it decodes at.
 2. :meth:`Runtime.run_step`, in place of the forward: the next canonical pass is launched, then SGLang's own
    decode runs over the whole batch, marked and unmarked rows alike.
-3. :func:`sglang_ext.llm42.commit.commit`, when SGLang processes the step's result: the tokens that passes
-   decided are committed one at a time.
+3. :func:`sglang_ext.llm42.commit.commit`, when SGLang processes a step's result: the tokens that passes have
+   decided by then are committed one at a time.
 
 All decisions follow from values on the host that are equal on every tensor-parallel rank.
 """
@@ -142,7 +142,7 @@ class Runtime:
         """Apply the passes that are done and give every row of the batch its position."""
         self._step_number += 1
         self.verification.apply_ended()
-        step = DecodeStep(list(reqs), [0] * len(reqs), [], [], {})
+        step = DecodeStep(list(reqs), [0] * len(reqs), [], [])
         hold = self._decide_hold(reqs)
         if self.verification.under_way and (hold or not self._any_decodes(reqs)):
             # There is nothing to do beside the pass.
@@ -174,9 +174,6 @@ class Runtime:
         if state is None:
             step.positions[row] = req.kv_committed_len
             return
-        if state.verdicts:
-            step.verdicts[row] = list(state.verdicts)
-            state.verdicts.clear()
         lane = state.lane
         if lane is None or hold or req.finished() or not lane.can_decode(self.config.lane.capacity):
             step.idle.append(row)

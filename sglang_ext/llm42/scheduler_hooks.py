@@ -293,7 +293,8 @@ def decode_outputs(
     narrow = dict(zip(step.drafted, [] if step.narrow is None else step.narrow.tolist(), strict=True))
     committed = 0
     for row, req in enumerate(batch.reqs):
-        if deterministic.of(req) is None:
+        state = deterministic.of(req)
+        if state is None:
             continue
         drafted, token_ids[row] = token_ids[row], []
         if req.finished() or req.is_retracted:
@@ -301,7 +302,7 @@ def decode_outputs(
         if row in narrow:
             position = step.positions[row] + 1
             runtime().note_candidate(req, position, _may_end(req, drafted[0]), narrow[row])
-        token_ids[row] = commit(req, step.verdicts.get(row, ()))
+        token_ids[row] = commit(req, state.take_verdicts())
         committed += len(token_ids[row]) - 1
     processor.metrics_reporter.num_generated_tokens += committed
     observer().step_done()

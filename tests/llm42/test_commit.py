@@ -6,7 +6,8 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +23,7 @@ from sglang_ext.llm42 import scheduler_hooks
 from sglang_ext.llm42.commit import commit, update_finish_state
 from sglang_ext.llm42.commit_log import CommitLog
 from sglang_ext.llm42.config import REQUEST_KEY
+from sglang_ext.llm42.drafting import DecodeStep
 from sglang_ext.llm42.request import DeterministicRequest, Verdict, attach, of
 
 EOS = 1
@@ -335,6 +337,28 @@ def _end_doomed(req: Req) -> None:
     req.update_finish_state(0)
     assert req.finished_reason.to_json()["type"] == "abort"
     of(req).log.release("abort", len(req.output_ids))
+
+
+def test_a_result_commits_once_what_was_decided_after_its_step_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the result of the step that begins then: with the overlap scheduler that is a step later."""
+    req = _request(CASES[0], marked=True)
+    step = DecodeStep([req], [0], [], [0])
+    of(req).decide(Verdict((2,), 0, 0, ends_prefill=True))
+    monkeypatch.setattr(scheduler_hooks, "_observer", SimpleNamespace(step_done=lambda: None))
+    processor = SimpleNamespace(metrics_reporter=SimpleNamespace(num_generated_tokens=1))
+
+    def outputs() -> list[list[int]]:
+        token_ids, _ = scheduler_hooks.decode_outputs(
+            lambda processor, **kwargs: ([[9]], None),
+            processor,
+            batch=cast("Any", SimpleNamespace(reqs=[req])),
+            result=SimpleNamespace(llm42=step),
+            logits_output=None,
+        )
+        return token_ids
+
+    assert outputs() == [[2]] and processor.metrics_reporter.num_generated_tokens == 1
+    assert outputs() == [[]] and processor.metrics_reporter.num_generated_tokens == 0
 
 
 def test_checking_whole_windows_would_finish_differently(monkeypatch: pytest.MonkeyPatch) -> None:

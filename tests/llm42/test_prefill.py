@@ -93,6 +93,14 @@ def test_the_same_turn_computes_prompts_of_unmarked_requests() -> None:
     assert unmarked.prefill_input_ids_cpu is not None
 
 
+def test_a_request_that_was_preempted_does_not_return_in_the_same_turn() -> None:
+    running, batch = _Batch(_unmarked()), _Batch(_marked())
+    scheduler = _Scheduler(batch, _Batch(_unmarked()))
+    scheduler.waiting_queue = [SimpleNamespace(is_retracted=False), SimpleNamespace(is_retracted=True)]
+    plan = _turn(scheduler, running)
+    assert plan.batch_to_run is None and len(running.reqs) == 2 and len(scheduler.plans) == 1
+
+
 def test_marked_requests_that_the_first_batch_had_no_place_for_join_as_well() -> None:
     running = _Batch(_unmarked())
     plan = _turn(_Scheduler(_Batch(_marked()), _Batch(_marked())), running)

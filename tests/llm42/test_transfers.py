@@ -91,7 +91,7 @@ def _step(engine: Drafting) -> tuple[DecodeStep, Any]:
         _request(15, temperature=0.7),
         _request(16),
     ]
-    step = DecodeStep(reqs, [9, 4, 0, 9, 5, 6], [1, 4, 5], [2], {})
+    step = DecodeStep(reqs, [9, 4, 0, 9, 5, 6], [1, 4, 5], [2])
     for pool, position, token in ((12, 4, 31), (15, 5, 32), (16, 6, 33)):
         engine._table.write(torch.tensor([pool]), torch.tensor([position]), torch.tensor([token]))
     return step, SimpleNamespace(input_ids=torch.tensor([40, 41, 42, 43, 44, 45], dtype=torch.int32))
@@ -161,7 +161,7 @@ def test_a_request_that_ended_before_sampling_drafts_nothing(engine: Drafting) -
 
 
 def test_a_batch_without_marked_rows_sends_nothing(engine: Drafting, copies: list[Any]) -> None:
-    step = DecodeStep([_request(11, marked=False)], [9], [], [], {})
+    step = DecodeStep([_request(11, marked=False)], [9], [], [])
     batch: Any = SimpleNamespace(input_ids=torch.tensor([40]))
     engine.feed(step, batch)
     logits = torch.ones(1, VOCABULARY)
