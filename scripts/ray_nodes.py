@@ -19,6 +19,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+#: Where Ray keeps what belongs to a host; hosts on one machine mount one each over it.
+RAY_FOLDER = Path("/tmp/ray")
+
 #: Ray's smallest comfortable object store; our ranks do not use it.
 OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -76,6 +79,9 @@ def why_no_namespaces() -> str | None:
             return f"{program} is not installed"
     if os.geteuid() != 0:
         return "network namespaces need root"
+    for needed in (Path(sys.prefix), Path(__file__).resolve().parent):
+        if needed.is_relative_to(RAY_FOLDER):
+            return f"{needed} lies in {RAY_FOLDER}, which every host has for itself"
     name = f"seprobe{os.getpid()}"
     steps = (
         ["ip", "netns", "add", name],
@@ -171,7 +177,7 @@ class Namespaces:
             _run([*inside, *step])
         # Keeps the host's mounts and name; Ray's folder and shared memory are the host's own.
         script = (
-            "mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray && mount -t tmpfs tmpfs /dev/shm && "
+            f"mkdir -p {RAY_FOLDER} && mount -t tmpfs tmpfs {RAY_FOLDER} && mount -t tmpfs tmpfs /dev/shm && "
             f"hostname {name} && echo ready && exec sleep infinity"
         )
         command = ["ip", "netns", "exec", name, "unshare", "-m", "-u", "sh", "-c", script]
