@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from http import HTTPStatus
@@ -28,6 +29,7 @@ from aiohttp import ClientConnectionError, ClientError, ClientResponse, web
 from multidict import CIMultiDict
 
 from sglang_ext.ray import agreement
+from sglang_ext.ray.front_connections import allow_files, connections_for, serving
 from sglang_ext.ray.front_events import first_event, is_refusal
 from sglang_ext.ray.front_replica import (
     DIFFERS,
@@ -332,6 +334,17 @@ def _is_stream(answer: ClientResponse) -> bool:
     return answer.content_type == "text/event-stream"
 
 
+async def serve(front: Front, host: str, port: int, share_port: bool) -> None:
+    """Serve until a signal; a second one ends the process at once."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, ended.set)
+    async with serving(front.application(), host, port, share_port, connections_for(allow_files())):
+        await ended.wait()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(signum)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal ends it."""
     parser = argparse.ArgumentParser(PROGRAM)
@@ -355,14 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     front = Front(
         options.urls, options.policy, options.api_key or None, json.loads(expected) if expected else None
     )
-    web.run_app(
-        front.application(),
-        host=options.host,
-        port=options.port,
-        reuse_port=options.share_port,
-        print=None,
-        handler_cancellation=True,  # a client that leaves ends its request at the replica, too
-    )
+    asyncio.run(serve(front, options.host, options.port, options.share_port))
     return 0
 
 
