@@ -30,7 +30,7 @@ from multidict import CIMultiDict
 
 from sglang_ext.ray import agreement
 from sglang_ext.ray.front_connections import allow_files, connections_for, serving
-from sglang_ext.ray.front_events import first_event, is_refusal
+from sglang_ext.ray.front_events import beginning, is_refusal
 from sglang_ext.ray.front_replica import (
     DIFFERS,
     NOT_COMPARED,
@@ -280,11 +280,11 @@ class Front:
                     return None
                 if not _is_stream(answer):
                     return _whole(replica, answer, await answer.read())
-                first = await first_event(answer.content)
-                if is_refusal(first) and not is_last:
+                begun = await beginning(answer.content)
+                if is_refusal(begun) and not is_last:
                     logger.warning("Replica %d: %s: refused before the first token", replica.number, url)
                     return None
-                return await _stream(request, replica, answer, first)
+                return await _stream(request, replica, answer, begun)
         except _Cut:
             raise
         except ClientConnectionError as error:
@@ -311,9 +311,9 @@ def _whole(replica: Replica, answer: ClientResponse, body: bytes) -> web.Respons
 
 
 async def _stream(
-    request: web.Request, replica: Replica, answer: ClientResponse, first: bytes
+    request: web.Request, replica: Replica, answer: ClientResponse, begun: bytes
 ) -> web.StreamResponse:
-    """Hand a stream on: ``first``, and the rest as it comes.
+    """Hand a stream on: ``begun``, and the rest as it comes.
 
     Raises:
         _Cut: aiohttp then ends the client's connection, so that the client sees that the answer is not whole.
@@ -321,7 +321,7 @@ async def _stream(
     response = web.StreamResponse(status=answer.status, headers=_headers(replica, answer))
     await response.prepare(request)
     try:
-        await response.write(first)
+        await response.write(begun)
         async for piece in answer.content.iter_any():
             await response.write(piece)
     except ClientError as error:

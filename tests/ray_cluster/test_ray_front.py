@@ -347,9 +347,19 @@ def test_replicas_with_a_key_are_compared_where_the_front_knows_it(caplog: pytes
     assert finish(check()) == [True, True] and "could NOT be compared" in caplog.text
 
 
+#: What `/v1/messages` and `/v1/responses` of SGLang 0.5.17 send before the first token.
+MESSAGE_START = b'event: message_start\ndata: {"type":"message_start","message":{"content":[]}}\n\n'
+RESPONSE_CREATED = (
+    b'event: response.created\ndata: {"type":"response.created","response":{"error":null}}\n\n'
+    b'event: response.in_progress\ndata: {"type":"response.in_progress","response":{"error":null}}\n\n'
+)
+
+OVERLOADED = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"m"}}\n\n'
+
 REFUSALS = (
     b'data: {"text":"","meta_info":{"finish_reason":{"type":"abort","message":"m","status_code":503}}}\n\n',
     b'data: {"error": {"object": "error", "message": "m", "type": "SERVICE_UNAVAILABLE", "code": 503}}\n\n',
+    MESSAGE_START + OVERLOADED + b'data: {"type":"message_stop"}\n\n',
 )
 
 ANSWERS = (
@@ -357,6 +367,12 @@ ANSWERS = (
     b'data: {"text":"","meta_info":{"finish_reason":{"type":"abort","message":"Aborted"}}}\n\n',
     b'data: {"text":"503","meta_info":{"finish_reason":null}}\n\n',
     b"data: 503\n\n",
+    b"data: null\n\n",
+    b'data: {"type":["message_start"]}\n\n',
+    MESSAGE_START,
+    MESSAGE_START + OVERLOADED.replace(b"overloaded_error", b"invalid_request_error"),
+    MESSAGE_START + b'data: {"type":"content_block_start"}\n\n' + OVERLOADED,
+    RESPONSE_CREATED + b'data: {"type":"response.failed","response":{"error":null}}\n\n',
     b"data: [DONE]\n\n",
 )
 
@@ -388,10 +404,11 @@ def test_other_first_events_reach_the_client(event: bytes) -> None:
     finish(check())
 
 
-def test_a_stream_cut_in_its_first_event_goes_to_another_replica() -> None:
+@pytest.mark.parametrize("begun", [b"data: ", MESSAGE_START, RESPONSE_CREATED, RESPONSE_CREATED[:-9]])
+def test_a_stream_cut_before_its_first_token_goes_to_another_replica(begun: bytes) -> None:
     async def check() -> None:
         async with setup(2) as (_, backends, _, address, client):
-            backends[0].answer = streaming(b"data: ", cut=True)
+            backends[0].answer = streaming(begun, cut=True)
             backends[1].answer = streaming(b"data: 1\n\n")
             for _ in range(2):
                 assert await post(address, client) == (200, b"data: 1\n\n", "1")
