@@ -27,6 +27,7 @@ from typing import Any
 
 from aiohttp import ClientConnectionError, ClientError, ClientResponse, web
 from multidict import CIMultiDict
+from yarl import URL
 
 from sglang_ext.ray import agreement
 from sglang_ext.ray.front_connections import allow_files, connections_for, serving
@@ -150,6 +151,7 @@ class Front:
         """The HTTP application."""
         app = web.Application(middlewares=[key_check(self._api_key)] if self._api_key else [])
         app.add_routes([web.route(method, path, self.pass_on) for method, path in PASSED_ON])
+        app.add_routes([web.options(path, self.pass_on) for _, path in PASSED_ON])  # browsers ask before
         app.add_routes([web.get("/health", self.health), web.get(STATISTICS, self.statistics)])
         app.cleanup_ctx.append(self._watching)
         return app
@@ -270,11 +272,16 @@ class Front:
         self, request: web.Request, body: bytes, replica: Replica, is_last: bool
     ) -> web.StreamResponse | None:
         """The answer of one replica, None if it gives none and another may be asked."""
-        url = f"{replica.url}{request.path_qs}"
+        url = URL(f"{replica.url}{request.path_qs}", encoded=True)
         headers = passed_on(request.headers.items())
         try:
             async with replica.session.request(
-                request.method, url, data=body or None, headers=headers, skip_auto_headers=NOT_ADDED
+                request.method,
+                url,
+                data=body or None,
+                headers=headers,
+                skip_auto_headers=NOT_ADDED,
+                allow_redirects=False,
             ) as answer:
                 if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and not is_last:
                     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import resource
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from front_setup import Address, finish, post, setup
+from front_setup import BODY, Address, finish, post, setup
 
 from sglang_ext.ray import front_connections
 
@@ -179,3 +180,125 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     assert front_connections.allow_files() == 4096
     assert "room for 1792 connections of clients, not 4096" in caplog.text
+
+
+# Requests
+
+
+def test_a_compressed_body_passes_byte_for_byte() -> None:
+    async def check() -> None:
+        async with setup(1) as (_, (backend,), _, address, client):
+            body = gzip.compress(BODY, mtime=0)
+            async with client.post(
+                address.make_url("/generate"), data=body, headers={"Content-Encoding": "gzip"}
+            ) as answer:
+                assert (answer.status, await answer.read()) == (200, body)
+            assert [seen[1] for seen in backend.seen] == [body]
+
+    finish(check())
+
+
+def test_a_query_passes_as_it_was_written() -> None:
+    async def check() -> None:
+        async with setup(1) as (_, (backend,), _, address, _), _client(address) as client:
+            await client.send(WHOLE.replace(b"/generate", b"/generate?a=%2F+b%20c%zz"))
+            assert (await client.head()).startswith(b"HTTP/1.1 200")
+            assert backend.seen[0][0] == "/generate?a=%2F+b%20c%zz"
+
+    finish(check())
+
+
+def test_what_is_not_http_gets_400_and_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def check() -> None:
+        async with setup(1) as (front, (backend,), _, address, _):
+            for rest in (
+                b"A B: 1\r\n\r\n",
+                b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+                b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+            ):
+                async with _client(address) as client:
+                    await client.send(GENERATE + rest)
+                    assert b" 400 " in (await client.rest()).splitlines()[0], rest
+            assert not backend.seen and front.bodies.held == 0
+
+    finish(check())
+    assert "Invalid header token" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_browsers_may_ask_a_replica_what_they_may_send() -> None:
+    async def check() -> None:
+        async with setup(1, api_key="secret") as (_, (backend,), _, address, client):
+            async with client.options(address.make_url("/v1/chat/completions")) as answer:
+                assert answer.status == 200 and answer.headers["X-Of-Server"] == "y"
+            assert [seen[0] for seen in backend.seen] == ["/v1/chat/completions"]
+
+    finish(check())
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"Expect: 100-continue\r\n",
+        b"Connection: Upgrade\r\nUpgrade: websocket\r\n",
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n",
+    ],
+)
+def test_wishes_about_the_connection_stay_with_the_front(headers: bytes) -> None:
+    named: list[set[str]] = []
+
+    async def take(request: web.Request) -> web.Response:
+        named.append({name.lower() for name in request.headers})
+        return web.Response(body=await request.read())
+
+    async def check() -> None:
+        async with setup(1) as (_, (backend,), _, address, _):
+            backend.answer = take
+            async with _client(address) as client:
+                await client.send(GENERATE + headers + b"Content-Length: 2\r\n\r\n")
+                if b"Expect" in headers:
+                    assert (await client.head()) == b"HTTP/1.1 100 Continue\r\n\r\n"
+                await client.send(b"{}")
+                assert (await client.head()).startswith(b"HTTP/1.1 200")
+                assert await client.reader.readexactly(2) == b"{}"
+            assert not named[0] & {"expect", "upgrade", "http2-settings", "connection"}
+
+    finish(check())
+
+
+def test_pipelined_requests_are_answered_in_turn() -> None:
+    async def check() -> None:
+        async with setup(1) as (_, (backend,), _, address, _):
+            async with _client(address) as client:
+                requests = [WHOLE.replace(b"{}", b"%02d" % number) for number in range(50)]
+                await client.send(b"".join(requests))
+                for number in range(50):
+                    assert (await client.head()).startswith(b"HTTP/1.1 200")
+                    assert await client.reader.readexactly(2) == b"%02d" % number
+            assert len(backend.seen) == 50
+
+    finish(check())
+
+
+# Replicas
+
+
+def test_redirects_reach_the_client_and_cookies_stay_with_their_client() -> None:
+    cookies: list[str | None] = []
+
+    async def redirect(request: web.Request) -> web.Response:
+        cookies.append(request.headers.get("Cookie"))
+        return web.Response(status=307, headers={"Location": "/elsewhere", "Set-Cookie": "whose=first"})
+
+    async def check() -> None:
+        async with setup(1) as (front, (backend,), servers, address, client):
+            front.replicas[0].url = f"http://localhost:{servers[0].port}"  # jars keep no cookies of addresses
+            backend.answer = redirect
+            for _ in range(2):
+                async with client.post(
+                    address.make_url("/generate"), data=BODY, allow_redirects=False
+                ) as answer:
+                    assert (answer.status, answer.headers["Location"]) == (307, "/elsewhere")
+            assert [seen[0] for seen in backend.seen] == ["/generate"] * 2
+
+    finish(check())
+    assert cookies == [None, None]
