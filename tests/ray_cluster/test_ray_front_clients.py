@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from front_setup import BODY, Address, finish, post, setup
+from front_setup import BODY, Address, finish, post, setup, streaming
 
-from sglang_ext.ray import front_connections
+from sglang_ext.ray import front as fronts
+from sglang_ext.ray import front_connections, front_replica
+from sglang_ext.ray.front import ROUND_ROBIN
 
 GENERATE = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
 
@@ -279,6 +281,28 @@ def test_pipelined_requests_are_answered_in_turn() -> None:
     finish(check())
 
 
+def test_the_body_of_a_stream_that_has_begun_is_held_no_longer() -> None:
+    go_on = asyncio.Event()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await go_on.wait()
+        return response
+
+    async def check() -> None:
+        async with setup(1) as (front, (backend,), _, address, client):
+            backend.answer = stream
+            async with client.post(address.make_url("/generate"), data=BODY) as answer:
+                assert await answer.content.readany() == b"data: 1\n\n"
+                assert front.bodies.held == 0
+                go_on.set()
+                assert await answer.read() == b""
+
+    finish(check())
+
+
 # Replicas
 
 
@@ -302,3 +326,94 @@ def test_redirects_reach_the_client_and_cookies_stay_with_their_client() -> None
 
     finish(check())
     assert cookies == [None, None]
+
+
+def test_a_replica_that_was_lost_while_another_was_tried_is_not_tried() -> None:
+    """Looks end the requests of a replica once, when it is lost: a later one would wait for ever."""
+
+    async def check() -> None:
+        async with setup(2, ROUND_ROBIN) as (front, backends, _, address, client):
+
+            async def unavailable(request: web.Request) -> web.Response:
+                front.replicas[1].leave_out("does not answer")
+                return web.Response(status=503)
+
+            backends[0].answer, backends[1].answer = unavailable, _never
+            assert (await asyncio.wait_for(post(address, client), 5))[0] == 503
+            assert len(backends[0].seen) == 1 and not backends[1].seen
+
+    finish(check())
+
+
+def test_requests_that_fail_together_do_not_make_a_replica_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fronts, "LOOK_EVERY_S", 60)
+    monkeypatch.setattr(front_replica, "LOOK_TIMEOUT_S", 0.2)
+
+    async def cut(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    async def check() -> None:
+        async with setup(1) as (front, (backend,), _, address, client):
+            backend.answer, backend.alive = cut, False
+            answers = await asyncio.gather(*[post(address, client) for _ in range(2 * fronts.LOOKS)])
+            assert {status for status, *_ in answers} == {503}
+            assert front.replicas[0].up and front.replicas[0].silent == 0
+
+    finish(check())
+
+
+def test_statistics_do_not_wait_for_a_replica_that_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fronts, "STATISTICS_TIMEOUT_S", 0.2)
+
+    async def statistics(request: web.Request) -> web.Response:
+        return web.json_response({"dp_0": {}})
+
+    async def check() -> None:
+        async with setup(2) as (_, backends, _, address, client):
+            backends[0].answer, backends[1].answer = _never, statistics
+            async with client.get(address.make_url("/llm42_stats")) as answer:
+                assert (answer.status, await answer.json()) == (200, {"replica_1": {"dp_0": {}}})
+
+    finish(check(), 10)
+
+
+def test_a_stream_that_is_cut_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def check() -> None:
+        async with setup(2) as (_, backends, _, address, _):
+            for backend in backends:
+                backend.answer = streaming(b"data: 1\n\n", cut=True)
+            async with _client(address) as client:
+                await client.send(WHOLE)
+                answer = await client.rest()
+                assert b"data: 1\n\n" in answer and not answer.endswith(b"0\r\n\r\n")
+            assert sum(len(backend.seen) for backend in backends) == 1
+
+    finish(check())
+    assert "cut after its beginning" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_client_that_leaves_its_stream_is_no_fault_of_the_replica(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = fronts._stream
+
+    async def leave_and_stream(request: web.Request, *rest: Any) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.close()
+        return await stream(request, *rest)
+
+    async def check() -> None:
+        monkeypatch.setattr(fronts, "_stream", leave_and_stream)
+        async with setup(2) as (front, backends, _, address, _):
+            for backend in backends:
+                backend.answer = streaming(b"data: 1\n\n", b"data: 2\n\n")
+            async with _client(address) as client:
+                await client.send(WHOLE)
+                assert await client.rest() == b""
+            await _until(lambda: not any(replica.in_flight for replica in front.replicas))
+            assert sum(len(backend.seen) for backend in backends) == 1
+
+    finish(check())
+    assert "/generate" not in caplog.text and "Traceback" not in caplog.text
