@@ -25,8 +25,11 @@ from sglang_ext.ray.front_requests import RETRY_AFTER_S, refusal
 logger = logging.getLogger(__name__)
 
 #: Connections of clients at once in each front, idle ones included; fewer where the process may not open as
-#: many files. A burst of new ones may pass it by as many as wait to be accepted (128).
+#: many files. A burst of new ones may pass it by :data:`BACKLOG`.
 MAX_CONNECTIONS = 4096
+
+#: Connections that wait to be accepted.
+BACKLOG = 128
 
 #: Files for everything else: the burst, connections turned away, looks at the replicas, the log.
 OTHER_FILES = 512
@@ -99,7 +102,7 @@ async def serving(
     try:
         protocols = Connections(cast(web.Server, runner.server), limit)
         listening = await asyncio.get_running_loop().create_server(
-            protocols, host, port, reuse_port=share_port or None, backlog=128
+            protocols, host, port, reuse_port=share_port or None, backlog=BACKLOG
         )
         try:
             for opened in listening.sockets:  # connections have it from the socket they come from
