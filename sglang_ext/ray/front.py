@@ -19,16 +19,19 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import ClientConnectionError, ClientError, ClientResponse, web
+from aiohttp import ClientConnectionError, ClientError, ClientResponse, ClientTimeout, web
 from multidict import CIMultiDict
+from yarl import URL
 
 from sglang_ext.ray import agreement
-from sglang_ext.ray.front_events import first_event, is_refusal
+from sglang_ext.ray.front_connections import allow_files, connections_for, serving
+from sglang_ext.ray.front_events import beginning, is_refusal
 from sglang_ext.ray.front_replica import (
     DIFFERS,
     NOT_COMPARED,
@@ -38,7 +41,7 @@ from sglang_ext.ray.front_replica import (
     NoAccess,
     Replica,
 )
-from sglang_ext.ray.front_requests import Bodies, Refused, key_check, passed_on, refusal
+from sglang_ext.ray.front_requests import Bodies, Body, Refused, key_check, passed_on, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,9 @@ PASSED_ON = (
 )
 
 STATISTICS = "/llm42_stats"
+
+#: Seconds that a replica has for its statistics, which its scheduler gives.
+STATISTICS_TIMEOUT_S = 10.0
 
 #: Seconds between looks at a replica. This many looks in a row without an answer, and the replica is taken
 #: for lost: requests that it has not answered go to another one. One that refuses connections has no process
@@ -148,6 +154,7 @@ class Front:
         """The HTTP application."""
         app = web.Application(middlewares=[key_check(self._api_key)] if self._api_key else [])
         app.add_routes([web.route(method, path, self.pass_on) for method, path in PASSED_ON])
+        app.add_routes([web.options(path, self.pass_on) for _, path in PASSED_ON])  # browsers ask before
         app.add_routes([web.get("/health", self.health), web.get(STATISTICS, self.statistics)])
         app.cleanup_ctx.append(self._watching)
         return app
@@ -170,17 +177,24 @@ class Front:
             await asyncio.sleep(LOOK_EVERY_S)
             await self.look(replica)
 
-    async def look(self, replica: Replica) -> None:
-        """See whether a replica answers; leave it out or take it in accordingly."""
+    async def look(self, replica: Replica, counts: bool = True) -> None:
+        """See whether a replica answers; leave it out or take it in accordingly.
+
+        Args:
+            replica: which.
+            counts: whether this is one of the looks that come one after the other (:data:`LOOKS`).
+        """
         seen = await replica.look()
         if seen is Look.ANSWERS:
             replica.silent = 0
             if not replica.up:
                 await self._compare(replica)
             return
-        replica.silent += 1
         if seen is Look.REFUSES:
             replica.leave_out(REFUSES_CONNECTIONS)
+        if not counts:
+            return
+        replica.silent += 1
         if replica.silent == LOOKS:
             replica.leave_out(REFUSES_CONNECTIONS if seen is Look.REFUSES else SILENT)
             await replica.lose()
@@ -229,19 +243,21 @@ class Front:
     async def statistics(self, request: web.Request) -> web.Response:
         """``GET /llm42_stats`` of every replica that is up, under ``replica_0`` and so on.
 
-        A replica that refuses (no API key, say) decides the answer.
+        A replica that refuses (no API key, say) decides the answer; one that gives none in time is missing.
         """
         found = {}
         for replica in [replica for replica in self.replicas if replica.up]:
             try:
                 async with replica.session.get(
-                    f"{replica.url}{STATISTICS}", headers=passed_on(request.headers.items())
+                    f"{replica.url}{STATISTICS}",
+                    headers=passed_on(request.headers.items()),
+                    timeout=ClientTimeout(total=STATISTICS_TIMEOUT_S),
                 ) as answer:
                     if answer.status != HTTPStatus.OK:
                         return web.Response(status=answer.status, body=await answer.read())
                     found[f"replica_{replica.number}"] = await answer.json()
             except (ClientError, TimeoutError) as error:
-                logger.warning("Replica %d: %s%s: %s", replica.number, replica.url, STATISTICS, error)
+                logger.warning("Replica %d: %s%s: %r", replica.number, replica.url, STATISTICS, error)
         return web.json_response(found)
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
@@ -252,9 +268,11 @@ class Front:
         except Refused as refused:
             return refused.answer
 
-    async def _pass_on(self, request: web.Request, body: bytes) -> web.StreamResponse:
+    async def _pass_on(self, request: web.Request, body: Body) -> web.StreamResponse:
         replicas = self.in_order(request.headers.get(ROUTING_KEY))
         for left, replica in zip(range(len(replicas) - 1, -1, -1), replicas, strict=True):
+            if not replica.up:  # lost while others were tried; nothing would end a request that it has now
+                continue
             replica.in_flight += 1
             try:
                 answered = await self._try(request, body, replica, is_last=left == 0)
@@ -265,29 +283,35 @@ class Front:
         return refusal(HTTPStatus.SERVICE_UNAVAILABLE, "no replica answers; send the request again")
 
     async def _try(
-        self, request: web.Request, body: bytes, replica: Replica, is_last: bool
+        self, request: web.Request, body: Body, replica: Replica, is_last: bool
     ) -> web.StreamResponse | None:
         """The answer of one replica, None if it gives none and another may be asked."""
-        url = f"{replica.url}{request.path_qs}"
+        url = URL(f"{replica.url}{request.path_qs}", encoded=True)
         headers = passed_on(request.headers.items())
         try:
             async with replica.session.request(
-                request.method, url, data=body or None, headers=headers, skip_auto_headers=NOT_ADDED
+                request.method,
+                url,
+                data=body.data or None,
+                headers=headers,
+                skip_auto_headers=NOT_ADDED,
+                allow_redirects=False,
             ) as answer:
                 if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and not is_last:
                     return None
                 if not _is_stream(answer):
                     return _whole(replica, answer, await answer.read())
-                first = await first_event(answer.content)
-                if is_refusal(first) and not is_last:
+                begun = await beginning(answer.content)
+                if is_refusal(begun) and not is_last:
                     logger.warning("Replica %d: %s: refused before the first token", replica.number, url)
                     return None
-                return await _stream(request, replica, answer, first)
-        except _Cut:
-            raise
+                body.release()
+                return await _stream(request, replica, answer, begun)
         except ClientConnectionError as error:
             logger.warning("Replica %d: %s: %r", replica.number, url, error)
-            await self.look(replica)  # refused connections show it at once to the requests that follow
+            # Refused connections show it at once to the requests that follow; many requests that fail
+            # together are no looks in a row.
+            await self.look(replica, counts=False)
             return None
         except (ClientError, TimeoutError) as error:
             logger.warning("Replica %d: %s: %r", replica.number, url, error)
@@ -309,27 +333,54 @@ def _whole(replica: Replica, answer: ClientResponse, body: bytes) -> web.Respons
 
 
 async def _stream(
-    request: web.Request, replica: Replica, answer: ClientResponse, first: bytes
+    request: web.Request, replica: Replica, answer: ClientResponse, begun: bytes
 ) -> web.StreamResponse:
-    """Hand a stream on: ``first``, and the rest as it comes.
+    """Hand a stream on: what has come of it, and the rest as it comes.
 
-    Raises:
-        _Cut: aiohttp then ends the client's connection, so that the client sees that the answer is not whole.
+    One that is cut ends the client's connection, so that the client sees that the answer is not whole.
     """
     response = web.StreamResponse(status=answer.status, headers=_headers(replica, answer))
-    await response.prepare(request)
+    piece = begun
     try:
-        await response.write(first)
-        async for piece in answer.content.iter_any():
+        await response.prepare(request)
+        while piece:
             await response.write(piece)
-    except ClientError as error:
-        raise _Cut(f"replica {replica.number}: {error!r}") from error
-    await response.write_eof()
+            piece = await _next(answer)
+        await response.write_eof()
+    except _Cut as cut:
+        logger.warning("Replica %d: %s: cut after its beginning: %s", replica.number, answer.url, cut)
+        if request.transport is not None:
+            request.transport.close()
+    except ConnectionError:  # of the client, which is nothing that a replica is to blame for
+        logger.debug("A client has left in the middle of a stream")
     return response
+
+
+async def _next(answer: ClientResponse) -> bytes:
+    """What has come of a stream since; nothing at its end.
+
+    Raises:
+        _Cut: it is not whole.
+    """
+    try:
+        return await answer.content.readany()
+    except ClientError as error:
+        raise _Cut(repr(error)) from error
 
 
 def _is_stream(answer: ClientResponse) -> bool:
     return answer.content_type == "text/event-stream"
+
+
+async def serve(front: Front, host: str, port: int, share_port: bool) -> None:
+    """Serve until a signal; a second one ends the process at once."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, ended.set)
+    async with serving(front.application(), host, port, share_port, connections_for(allow_files())):
+        await ended.wait()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(signum)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -355,14 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     front = Front(
         options.urls, options.policy, options.api_key or None, json.loads(expected) if expected else None
     )
-    web.run_app(
-        front.application(),
-        host=options.host,
-        port=options.port,
-        reuse_port=options.share_port,
-        print=None,
-        handler_cancellation=True,  # a client that leaves ends its request at the replica, too
-    )
+    asyncio.run(serve(front, options.host, options.port, options.share_port))
     return 0
 
 

@@ -8,7 +8,14 @@ from enum import Enum
 from http import HTTPStatus
 from typing import Any
 
-from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout, TCPConnector
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientSession,
+    ClientTimeout,
+    DummyCookieJar,
+    TCPConnector,
+)
 
 from sglang_ext.ray.identity import identity_of
 
@@ -73,6 +80,7 @@ class Replica:
         self.session = ClientSession(
             connector=TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             timeout=timeout,
+            cookie_jar=DummyCookieJar(),  # one client's cookies are not the next one's
             auto_decompress=False,  # bytes are passed on as they come
         )
 

@@ -15,8 +15,8 @@ from multidict import CIMultiDict
 #: Largest request body, in bytes: prompts may hold images.
 MAX_BODY_BYTES = 512 * 2**20
 
-#: Bodies of all requests under way, in bytes. One is held until its answer is whole: another replica may be
-#: asked.
+#: Bodies of all requests under way, in bytes. One is held until its answer is whole or its stream has begun:
+#: until then another replica may be asked.
 MAX_BODIES_BYTES = 2 * 2**30
 
 #: Seconds in which a body must have come.
@@ -96,6 +96,25 @@ class Refused(Exception):
         self.answer = answer
 
 
+class Body:
+    """A request's body, held until no other replica can be asked any more.
+
+    Attributes:
+        data: its bytes; none once it is released.
+        size: how many are counted.
+    """
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.data = b""
+        self.size = 0
+        self._bodies = bodies
+
+    def release(self) -> None:
+        """Hold it no longer."""
+        self._bodies.held -= self.size
+        self.data, self.size = b"", 0
+
+
 class Bodies:
     """The bodies of all requests under way.
 
@@ -107,32 +126,34 @@ class Bodies:
         self.held = 0
 
     @asynccontextmanager
-    async def read(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The body of a request, counted until the end of the block.
+    async def read(self, request: web.Request) -> AsyncIterator[Body]:
+        """The body of a request, counted until it is released, or else until the end of the block.
 
         Raises:
             Refused: with 413 for a body above :data:`MAX_BODY_BYTES`, 503 where all together would be above
                 :data:`MAX_BODIES_BYTES`, 408 for one that is not there within :data:`READ_TIMEOUT_S`.
         """
-        pieces: list[bytes] = []
-        size = 0
+        body = Body(self)
         try:
-            self._check(request.content_length or 0, request.content_length or 0)
-            try:
-                async with asyncio.timeout(READ_TIMEOUT_S):
-                    while piece := await request.content.readany():
-                        self._check(size + len(piece), len(piece))
-                        pieces.append(piece)
-                        size += len(piece)
-                        self.held += len(piece)
-            except TimeoutError:
-                text = f"the body did not come within {READ_TIMEOUT_S:g} s"
-                raise Refused(refusal(HTTPStatus.REQUEST_TIMEOUT, text)) from None
-            body = b"".join(pieces)
-            pieces.clear()
+            await self._fill(body, request)
             yield body
         finally:
-            self.held -= size
+            body.release()
+
+    async def _fill(self, body: Body, request: web.Request) -> None:
+        self._check(request.content_length or 0, request.content_length or 0)
+        pieces: list[bytes] = []
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_S):
+                while piece := await request.content.readany():
+                    self._check(body.size + len(piece), len(piece))
+                    pieces.append(piece)
+                    body.size += len(piece)
+                    self.held += len(piece)
+        except TimeoutError:
+            text = f"the body did not come within {READ_TIMEOUT_S:g} s"
+            raise Refused(refusal(HTTPStatus.REQUEST_TIMEOUT, text)) from None
+        body.data = b"".join(pieces)
 
     def _check(self, size: int, more: int) -> None:
         """Whether a body of ``size`` bytes, of which ``more`` are not yet held, is taken."""

@@ -4,109 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from aiohttp import ClientError, ClientSession, web
+from aiohttp import ClientError, web
 from aiohttp.test_utils import TestServer
+from front_setup import BODY, Backend, application, finish, post, setup, streaming
 from multidict import CIMultiDict
 
 from sglang_ext.ray import front as fronts
 from sglang_ext.ray import front_replica, front_requests
-from sglang_ext.ray.front import LEAST_REQUESTS, REPLICA, ROUND_ROBIN, ROUTING_KEY, Front
-
-#: As clients write it: spaces, order and unknown fields are kept.
-BODY = b'{"input_ids": [1,2],  "sampling_params":{"is_deterministic":true,"sampling_seed":3},"x":1}'
-
-
-class Backend:
-    """A replica that answers with what it got; ``answer`` may be replaced."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, bytes, str | None]] = []
-        self.answer: Callable[[web.Request], Awaitable[web.StreamResponse]] = self.echo
-        self.alive = True
-        self.left = 0
-        self.key: str | None = None
-        self.info: dict[str, Any] = {"version": "1", "internal_states": [{"llm42_fingerprint": "ab"}]}
-
-    async def echo(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(body=await request.read(), headers={"X-Of-Server": "y"})
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.seen.append((request.path_qs, await request.read(), request.headers.get("Authorization")))
-        try:
-            return await self.answer(request)
-        except asyncio.CancelledError:
-            self.left += 1
-            raise
-
-    async def model_info(self, request: web.Request) -> web.Response:
-        if not self.alive:
-            await asyncio.sleep(60)
-        return web.json_response({})
-
-    async def server_info(self, request: web.Request) -> web.Response:
-        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
-            return web.json_response({"error": "Unauthorized"}, status=401)
-        return web.json_response(self.info)
-
-
-Setup = tuple[Front, list[Backend], list[TestServer], TestServer, ClientSession]
-
-
-def _application(backend: Backend) -> web.Application:
-    app = web.Application()
-    app.router.add_get("/model_info", backend.model_info)
-    app.router.add_get("/server_info", backend.server_info)
-    app.router.add_route("*", "/{path:.*}", backend.handle)
-    return app
-
-
-@asynccontextmanager
-async def _setup(
-    count: int = 2, policy: str = LEAST_REQUESTS, backends: list[Backend] | None = None, **options: Any
-) -> AsyncIterator[Setup]:
-    async with AsyncExitStack() as stack:
-        backends, servers = backends or [Backend() for _ in range(count)], []
-        for backend in backends:
-            app = _application(backend)
-            servers.append(await stack.enter_async_context(TestServer(app, handler_cancellation=True)))
-            await servers[-1].start_server()
-        front = Front([str(server.make_url("")) for server in servers], policy, **options)
-        address = await stack.enter_async_context(TestServer(front.application()))
-        await address.start_server(handler_cancellation=True)
-        client = await stack.enter_async_context(ClientSession())
-        yield front, backends, servers, address, client
-
-
-async def _post(
-    address: TestServer, client: ClientSession, path: str = "/generate", **headers: str
-) -> tuple[int, bytes, str | None]:
-    async with client.post(address.make_url(path), data=BODY, headers=headers) as answer:
-        return answer.status, await answer.read(), answer.headers.get(REPLICA)
+from sglang_ext.ray.front import ROUND_ROBIN, ROUTING_KEY, Front
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
 def test_requests_and_answers_pass_byte_for_byte(path: str) -> None:
     async def check() -> None:
-        async with _setup(1) as (_, (backend,), _, address, client):
+        async with setup(1) as (_, (backend,), _, address, client):
             headers = {"Authorization": "Bearer key", "Content-Type": "application/json"}
             async with client.post(address.make_url(f"{path}?a=b"), data=BODY, headers=headers) as answer:
                 assert (answer.status, await answer.read()) == (200, BODY)
                 assert answer.headers["X-Of-Server"] == "y"
             assert backend.seen == [(f"{path}?a=b", BODY, "Bearer key")]
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_refusals_of_a_replica_reach_the_client() -> None:
@@ -114,15 +45,15 @@ def test_refusals_of_a_replica_reach_the_client() -> None:
         return web.json_response({"error": "Unauthorized"}, status=401)
 
     async def check() -> None:
-        async with _setup(2) as (_, backends, _, address, client):
+        async with setup(2) as (_, backends, _, address, client):
             for backend in backends:
                 backend.answer = refuse
-            assert (await _post(address, client))[0] == 401
+            assert (await post(address, client))[0] == 401
             async with client.get(address.make_url("/llm42_stats")) as answer:
                 assert answer.status == 401
             assert sum(len(backend.seen) for backend in backends) == 2
 
-    asyncio.run(check())
+    finish(check())
 
 
 @pytest.mark.parametrize(
@@ -130,20 +61,20 @@ def test_refusals_of_a_replica_reach_the_client() -> None:
 )
 def test_what_changes_one_replica_is_not_passed_on(path: str) -> None:
     async def check() -> None:
-        async with _setup(1) as (_, (backend,), _, address, client):
-            assert (await _post(address, client, path))[0] == 404
+        async with setup(1) as (_, (backend,), _, address, client):
+            assert (await post(address, client, path))[0] == 404
             assert not backend.seen
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_a_gone_replica_is_left_out_and_comes_back() -> None:
     async def check() -> None:
-        async with _setup(2, ROUND_ROBIN) as (front, _, servers, address, client):
+        async with setup(2, ROUND_ROBIN) as (front, _, servers, address, client):
             port = servers[0].port
             await servers[0].close()
             for _ in range(3):
-                assert (await _post(address, client))[0::2] == (200, "1")
+                assert (await post(address, client))[0::2] == (200, "1")
             for _ in range(fronts.LOOKS):
                 await front.look(front.replicas[0])
             assert [replica.up for replica in front.replicas] == [False, True]
@@ -152,26 +83,26 @@ def test_a_gone_replica_is_left_out_and_comes_back() -> None:
                     200,
                     {"replicas": 2, "up": 1, "left_out": {"0": "refuses connections"}},
                 )
-            async with TestServer(_application(Backend()), port=port):
+            async with TestServer(application(Backend()), port=port):
                 await front.look(front.replicas[0])
                 assert front.replicas[0].up
-                assert {(await _post(address, client))[2] for _ in range(4)} == {"0", "1"}
+                assert {(await post(address, client))[2] for _ in range(4)} == {"0", "1"}
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_without_a_replica_there_is_a_503_soon() -> None:
     async def check() -> None:
-        async with _setup(1) as (front, _, servers, address, client):
+        async with setup(1) as (front, _, servers, address, client):
             await servers[0].close()
-            assert (await asyncio.wait_for(_post(address, client), 10))[0] == 503
+            assert (await asyncio.wait_for(post(address, client), 10))[0] == 503
             for _ in range(fronts.LOOKS):
                 await front.look(front.replicas[0])
             async with client.get(address.make_url("/health")) as answer:
                 assert answer.status == 503
-            assert (await _post(address, client))[0] == 503
+            assert (await post(address, client))[0] == 503
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_a_503_goes_to_another_replica_and_that_of_the_last_to_the_client() -> None:
@@ -179,13 +110,13 @@ def test_a_503_goes_to_another_replica_and_that_of_the_last_to_the_client() -> N
         return web.Response(status=503, text="a rank of this server was lost")
 
     async def check() -> None:
-        async with _setup(2) as (_, backends, _, address, client):
+        async with setup(2) as (_, backends, _, address, client):
             backends[0].answer = unavailable
-            assert {(await _post(address, client))[0::2] for _ in range(4)} == {(200, "1")}
+            assert {(await post(address, client))[0::2] for _ in range(4)} == {(200, "1")}
             backends[1].answer = unavailable
-            assert (await _post(address, client))[:2] == (503, b"a rank of this server was lost")
+            assert (await post(address, client))[:2] == (503, b"a rank of this server was lost")
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_a_replica_that_falls_silent_is_lost_with_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,14 +129,14 @@ def test_a_replica_that_falls_silent_is_lost_with_its_requests(monkeypatch: pyte
         return web.Response()
 
     async def check() -> None:
-        async with _setup(2, ROUND_ROBIN) as (front, backends, _, address, client):
+        async with setup(2, ROUND_ROBIN) as (front, backends, _, address, client):
             backends[0].answer, backends[0].alive = hang, False
-            answers = await asyncio.wait_for(asyncio.gather(*[_post(address, client) for _ in range(4)]), 20)
+            answers = await asyncio.wait_for(asyncio.gather(*[post(address, client) for _ in range(4)]), 20)
             assert {answer[0::2] for answer in answers} == {(200, "1")}
             assert len(backends[0].seen) == 2 and not front.replicas[0].up
             assert [replica.in_flight for replica in front.replicas] == [0, 0]
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_a_stream_passes_as_it_comes_and_a_cut_one_is_seen_to_be_cut() -> None:
@@ -224,7 +155,7 @@ def test_a_stream_passes_as_it_comes_and_a_cut_one_is_seen_to_be_cut() -> None:
         return response
 
     async def check() -> None:
-        async with _setup(1) as (_, (backend,), _, address, client):
+        async with setup(1) as (_, (backend,), _, address, client):
             backend.answer = stream
             async with client.post(address.make_url("/generate"), data=BODY) as answer:
                 assert await asyncio.wait_for(answer.content.readany(), 10) == b"data: 1\n\n"
@@ -232,9 +163,9 @@ def test_a_stream_passes_as_it_comes_and_a_cut_one_is_seen_to_be_cut() -> None:
                 assert await answer.content.read() == b"data: 2\n\n"
             cut.set()
             with pytest.raises(ClientError):
-                await _post(address, client)
+                await post(address, client)
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_a_client_that_leaves_ends_its_request_at_the_replica() -> None:
@@ -243,21 +174,23 @@ def test_a_client_that_leaves_ends_its_request_at_the_replica() -> None:
         return web.Response()
 
     async def check() -> None:
-        async with _setup(1) as (front, (backend,), _, address, client):
+        async with setup(1) as (front, (backend,), _, address, client):
             backend.answer = hang
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(_post(address, client), 0.5)
+                await asyncio.wait_for(post(address, client), 0.5)
             for _ in range(100):
                 if backend.left and not front.replicas[0].in_flight:
                     return
                 await asyncio.sleep(0.05)
             raise AssertionError("the replica still works on it")
 
-    asyncio.run(check())
+    finish(check())
 
 
 @contextmanager
-def _programs(count: int, *arguments: str) -> Iterator[tuple[int, list[subprocess.Popen[bytes]]]]:
+def _programs(
+    count: int, *arguments: str, status: int = 0
+) -> Iterator[tuple[int, list[subprocess.Popen[bytes]]]]:
     """The program itself, several times on one port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -274,7 +207,7 @@ def _programs(count: int, *arguments: str) -> Iterator[tuple[int, list[subproces
         for process in processes:
             process.terminate()
             process.wait(20)
-    assert [process.returncode for process in processes] == [0] * count
+    assert [process.returncode for process in processes] == [status] * count
 
 
 def test_several_processes_share_the_port_and_end_on_a_signal() -> None:
@@ -301,6 +234,28 @@ def test_the_program_ends_requests_of_clients_that_leave() -> None:
             while connection.recv(65536):
                 pass
             connection.close()
+
+
+def test_a_second_signal_does_not_wait_for_requests_under_way() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+        posted: list[socket.socket] = []
+        server = threading.Thread(target=lambda: posted.append(_connection_of_post(listener)))
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with (
+            _programs(1, url, status=-signal.SIGTERM) as (port, (process,)),
+            socket.create_connection(("127.0.0.1", port)) as client,
+        ):
+            client.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+            server.join(20)
+            process.terminate()
+            while _listening(port):
+                time.sleep(0.05)
+            assert process.poll() is None
+            process.terminate()
+            process.wait(5)
+        posted[0].close()
 
 
 def _connection_of_post(listener: socket.socket) -> socket.socket:
@@ -337,12 +292,12 @@ def test_the_least_busy_replica_and_the_key_decide() -> None:
 
 def test_the_key_is_read_from_the_header() -> None:
     async def check() -> None:
-        async with _setup(3, ROUND_ROBIN) as (_, _, _, address, client):
-            chosen = {(await _post(address, client, **{ROUTING_KEY: "session 1"}))[2] for _ in range(6)}
+        async with setup(3, ROUND_ROBIN) as (_, _, _, address, client):
+            chosen = {(await post(address, client, **{ROUTING_KEY: "session 1"}))[2] for _ in range(6)}
             assert len(chosen) == 1
-            assert len({(await _post(address, client))[2] for _ in range(6)}) == 3
+            assert len({(await post(address, client))[2] for _ in range(6)}) == 3
 
-    asyncio.run(check())
+    finish(check())
 
 
 @pytest.mark.parametrize("changed", [{"version": "2"}, {"llm42_window_size": 7}, {"internal_states": [{}]}])
@@ -352,32 +307,32 @@ def test_a_restarted_replica_is_compared_before_it_gets_requests(
     monkeypatch.setattr(fronts, "COMPARE_EVERY_S", 0)
 
     async def check() -> None:
-        async with _setup(2, ROUND_ROBIN) as (front, _, servers, address, client):
+        async with setup(2, ROUND_ROBIN) as (front, _, servers, address, client):
             port = servers[0].port
             await servers[0].close()
             await front.look(front.replicas[0])
             other = Backend()
             other.info = {**other.info, **changed}
-            async with TestServer(_application(other), port=port):
+            async with TestServer(application(other), port=port):
                 await front.look(front.replicas[0])
-                assert {(await _post(address, client))[2] for _ in range(4)} == {"1"} and not other.seen
+                assert {(await post(address, client))[2] for _ in range(4)} == {"1"} and not other.seen
                 async with client.get(address.make_url("/health")) as answer:
                     assert (await answer.json())["left_out"] == {"0": "differs from the others"}
                 assert "gets no requests: it differs from the others: " in caplog.text
                 other.info = Backend().info
                 await front.look(front.replicas[0])
-                assert {(await _post(address, client))[2] for _ in range(4)} == {"0", "1"}
+                assert {(await post(address, client))[2] for _ in range(4)} == {"0", "1"}
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_without_another_replica_the_identity_at_the_start_counts() -> None:
     async def check() -> None:
         expected = {"version": "1", "llm42_fingerprint": ["xy"], "llm42_configuration": ["None"], "flags": {}}
-        async with _setup(1, expected=expected) as (_, _, _, address, client):
-            assert (await _post(address, client))[0] == 503
+        async with setup(1, expected=expected) as (_, _, _, address, client):
+            assert (await post(address, client))[0] == 503
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_replicas_with_a_key_are_compared_where_the_front_knows_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -385,16 +340,26 @@ def test_replicas_with_a_key_are_compared_where_the_front_knows_it(caplog: pytes
         backends = [Backend(), Backend()]
         backends[1].info = {**backends[1].info, "version": "2"}
         backends[0].key = backends[1].key = "secret"
-        async with _setup(backends=backends, **options) as (front, *_):
+        async with setup(backends=backends, **options) as (front, *_):
             return [replica.up for replica in front.replicas]
 
-    assert sum(asyncio.run(check(api_key="secret"))) == 1
-    assert asyncio.run(check()) == [True, True] and "could NOT be compared" in caplog.text
+    assert sum(finish(check(api_key="secret"))) == 1
+    assert finish(check()) == [True, True] and "could NOT be compared" in caplog.text
 
+
+#: What `/v1/messages` and `/v1/responses` of SGLang 0.5.17 send before the first token.
+MESSAGE_START = b'event: message_start\ndata: {"type":"message_start","message":{"content":[]}}\n\n'
+RESPONSE_CREATED = (
+    b'event: response.created\ndata: {"type":"response.created","response":{"error":null}}\n\n'
+    b'event: response.in_progress\ndata: {"type":"response.in_progress","response":{"error":null}}\n\n'
+)
+
+OVERLOADED = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"m"}}\n\n'
 
 REFUSALS = (
     b'data: {"text":"","meta_info":{"finish_reason":{"type":"abort","message":"m","status_code":503}}}\n\n',
     b'data: {"error": {"object": "error", "message": "m", "type": "SERVICE_UNAVAILABLE", "code": 503}}\n\n',
+    MESSAGE_START + OVERLOADED + b'data: {"type":"message_stop"}\n\n',
 )
 
 ANSWERS = (
@@ -402,67 +367,58 @@ ANSWERS = (
     b'data: {"text":"","meta_info":{"finish_reason":{"type":"abort","message":"Aborted"}}}\n\n',
     b'data: {"text":"503","meta_info":{"finish_reason":null}}\n\n',
     b"data: 503\n\n",
+    b"data: null\n\n",
+    b'data: {"type":["message_start"]}\n\n',
+    MESSAGE_START,
+    MESSAGE_START + OVERLOADED.replace(b"overloaded_error", b"invalid_request_error"),
+    MESSAGE_START + b'data: {"type":"content_block_start"}\n\n' + OVERLOADED,
+    RESPONSE_CREATED + b'data: {"type":"response.failed","response":{"error":null}}\n\n',
     b"data: [DONE]\n\n",
 )
-
-
-def _streaming(*pieces: bytes, cut: bool = False) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    async def stream(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for piece in pieces:
-            await response.write(piece)
-            await asyncio.sleep(0.02)
-        if cut:
-            assert request.transport is not None
-            request.transport.abort()
-        await response.write_eof()
-        return response
-
-    return stream
 
 
 @pytest.mark.parametrize("event", REFUSALS)
 def test_a_stream_refused_before_its_first_token_goes_to_another_replica(event: bytes) -> None:
     async def check() -> None:
-        async with _setup(2) as (_, backends, _, address, client):
-            backends[0].answer = _streaming(event[:20], event[20:], b"data: [DONE]\n\n")
-            backends[1].answer = _streaming(b"data: 1\n\n", event)
+        async with setup(2) as (_, backends, _, address, client):
+            backends[0].answer = streaming(event[:20], event[20:], b"data: [DONE]\n\n")
+            backends[1].answer = streaming(b"data: 1\n\n", event)
             for _ in range(2):
-                assert await _post(address, client) == (200, b"data: 1\n\n" + event, "1")
+                assert await post(address, client) == (200, b"data: 1\n\n" + event, "1")
             assert backends[0].seen
             backends[1].answer = backends[0].answer
-            assert (await _post(address, client))[1] == event + b"data: [DONE]\n\n"
+            assert (await post(address, client))[1] == event + b"data: [DONE]\n\n"
 
-    asyncio.run(check())
+    finish(check())
 
 
 @pytest.mark.parametrize("event", ANSWERS)
 def test_other_first_events_reach_the_client(event: bytes) -> None:
     async def check() -> None:
-        async with _setup(2) as (_, backends, _, address, client):
+        async with setup(2) as (_, backends, _, address, client):
             for backend in backends:
-                backend.answer = _streaming(event)
-            assert (await _post(address, client))[:2] == (200, event)
+                backend.answer = streaming(event)
+            assert (await post(address, client))[:2] == (200, event)
             assert sum(len(backend.seen) for backend in backends) == 1
 
-    asyncio.run(check())
+    finish(check())
 
 
-def test_a_stream_cut_in_its_first_event_goes_to_another_replica() -> None:
+@pytest.mark.parametrize("begun", [b"data: ", MESSAGE_START, RESPONSE_CREATED, RESPONSE_CREATED[:-9]])
+def test_a_stream_cut_before_its_first_token_goes_to_another_replica(begun: bytes) -> None:
     async def check() -> None:
-        async with _setup(2) as (_, backends, _, address, client):
-            backends[0].answer = _streaming(b"data: ", cut=True)
-            backends[1].answer = _streaming(b"data: 1\n\n")
+        async with setup(2) as (_, backends, _, address, client):
+            backends[0].answer = streaming(begun, cut=True)
+            backends[1].answer = streaming(b"data: 1\n\n")
             for _ in range(2):
-                assert await _post(address, client) == (200, b"data: 1\n\n", "1")
+                assert await post(address, client) == (200, b"data: 1\n\n", "1")
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_the_key_is_checked_before_the_body_is_read() -> None:
     async def check() -> None:
-        async with _setup(1, api_key="k\u00e9y") as (front, (backend,), _, address, client):
+        async with setup(1, api_key="k\u00e9y") as (front, (backend,), _, address, client):
             for wrong in ("", "Bearer", "Bearer k", "Basic k\u00e9y", "Bearer \u20ac"):
                 reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
                 head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: {wrong}\r\n"
@@ -471,13 +427,13 @@ def test_the_key_is_checked_before_the_body_is_read() -> None:
                 assert status.startswith(b"HTTP/1.1 401"), wrong
                 writer.close()
             assert not backend.seen and front.bodies.held == 0
-            assert (await _post(address, client, Authorization="bearer k\u00e9y"))[0] == 200
+            assert (await post(address, client, Authorization="bearer k\u00e9y"))[0] == 200
             async with client.get(address.make_url("/llm42_stats")) as answer:
                 assert (answer.status, await answer.json()) == (401, {"error": "Unauthorized"})
             async with client.get(address.make_url("/health")) as answer:
                 assert answer.status == 200
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_bodies_are_bounded_one_by_one_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -495,7 +451,7 @@ def test_bodies_are_bounded_one_by_one_and_together(monkeypatch: pytest.MonkeyPa
             yield bytes(40)
 
     async def check() -> None:
-        async with _setup(1) as (front, (backend,), _, address, client):
+        async with setup(1) as (front, (backend,), _, address, client):
             url = address.make_url("/generate")
             for data in (bytes(120), pieces()):
                 async with client.post(url, data=data) as answer:
@@ -511,21 +467,21 @@ def test_bodies_are_bounded_one_by_one_and_together(monkeypatch: pytest.MonkeyPa
             assert (await client.post(url, data=bytes(90))).status == 200
             assert front.bodies.held == 0
 
-    asyncio.run(check())
+    finish(check(), 10)  # a body that is taken although it should not be waits for go_on
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_requests, "READ_TIMEOUT_S", 0.2)
 
     async def check() -> None:
-        async with _setup(1) as (front, _, _, address, _):
+        async with setup(1) as (front, _, _, address, _):
             reader, writer = await asyncio.open_connection("127.0.0.1", address.port)
             writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{}")
             assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 408")
             assert front.bodies.held == 0
             writer.close()
 
-    asyncio.run(check())
+    finish(check())
 
 
 def test_repeated_headers_pass_and_those_of_one_hop_do_not() -> None:
@@ -537,7 +493,7 @@ def test_repeated_headers_pass_and_those_of_one_hop_do_not() -> None:
         return web.Response(headers=CIMultiDict([*headers, ("Proxy-Authenticate", "Basic")]))
 
     async def check() -> None:
-        async with _setup(1) as (_, (backend,), _, address, client):
+        async with setup(1) as (_, (backend,), _, address, client):
             backend.answer = answer_with_headers
             headers = [("X-Twice", "1"), ("X-Twice", "2"), ("Connection", "X-Hop, close"), ("X-Hop", "1")]
             sent = CIMultiDict([*headers, ("Proxy-Authorization", "p"), ("TE", "trailers")])
@@ -548,7 +504,7 @@ def test_repeated_headers_pass_and_those_of_one_hop_do_not() -> None:
             assert [value for name, value in seen[0] if name == "x-twice"] == ["1", "2"]
             assert not {"x-hop", "te", "proxy-authorization"} & set(names)
 
-    asyncio.run(check())
+    finish(check())
     spelled_in_two_ways = front_requests.passed_on([("X-A", "1"), ("x-a", "2")])
     assert list(spelled_in_two_ways.items()) == [("X-A", "1"), ("X-A", "2")]
 
@@ -559,7 +515,7 @@ def test_statistics_of_all_replicas() -> None:
         return web.json_response(value)
 
     async def check() -> None:
-        async with _setup(2) as (_, backends, _, address, client):
+        async with setup(2) as (_, backends, _, address, client):
             for backend in backends:
                 backend.answer = statistics
             headers = {"Authorization": "7"}
@@ -567,4 +523,4 @@ def test_statistics_of_all_replicas() -> None:
                 expected = {f"replica_{i}": {"dp_0": {"decode_steps": 7}} for i in range(2)}
                 assert json.loads(await answer.read()) == expected
 
-    asyncio.run(check())
+    finish(check())
