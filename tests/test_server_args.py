@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.configs.model_config import AttentionArch
 from transformers import LlamaConfig
 
 from sglang_ext import hooks, launch_server
@@ -180,6 +181,7 @@ REFUSED: list[dict[str, Any]] = [
     {"tokenizer_worker_num": 2},
     {"smg_grpc_mode": True},
     {"attention_backend": "fa3", "device": "cuda"},
+    {"kv_cache_dtype": "fp8_e5m2"},
     {"dllm_algorithm": "LowConfidence"},
     {"is_embedding": True},
     {"encoder_only": True},
@@ -224,6 +226,28 @@ def test_a_gpu_needs_flashinfer(settings: dict[str, Any], works: bool) -> None:
     found = requirements.unsupported(_plain_arguments(device="cuda", **settings))
     assert not found if works else "--attention-backend other than flashinfer" in " ".join(found)
     assert not requirements.unsupported(_plain_arguments(device="cpu", **settings)), "a CPU has its own"
+
+
+@pytest.mark.parametrize(
+    ("device", "capabilities", "named"),
+    [
+        ("cuda", [(9, 0), (9, 0)], None),
+        ("cuda", [(9, 0), (8, 0)], "GPU 1 (8.0)"),
+        ("cuda", [(10, 0)], "GPU 0 (10.0)"),
+        ("cuda", [], None),
+        ("cpu", [(8, 0)], None),
+    ],
+)
+def test_a_gpu_must_be_hopper(
+    device: str, capabilities: list[tuple[int, int]], named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = _plain_arguments(device=device, attention_backend="flashinfer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", "GPU {}".format)
+    found = requirements.unsupported(arguments)
+    assert found == [] if named is None else named in "".join(found)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +296,7 @@ def _model(**traits: Any) -> Any:
         "is_hybrid_swa": False,
         "sliding_window_size": None,
         "is_encoder_decoder": False,
+        "attention_arch": AttentionArch.MHA,
     }
     config["linear_attn_registry_result"] = get_linear_attn_config(hf_config)
     return types.SimpleNamespace(
@@ -285,6 +310,7 @@ def _model(**traits: Any) -> Any:
         (_model(is_hybrid_swa=True), "sliding-window"),
         (_model(sliding_window_size=4096), "sliding-window"),
         (_model(is_encoder_decoder=True), "encoder-decoder"),
+        (_model(attention_arch=AttentionArch.MLA), "latent attention"),
     ],
 )
 def test_unsupported_models_are_refused(config: Any, what: str) -> None:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 MAX_WINDOW_SIZE = 1024
 
+#: The Hopper generation of GPUs.
+HOPPER = 9
+
+#: Values of ``--kv-cache-dtype`` that are a model's own precision; which one, the canonical pass checks.
+_PLAIN_KV = ("auto", "bf16", "bfloat16")
+
 #: Model paths for which SGLang reads no model configuration.
 _NO_MODEL = ("none", "dummy")
 
@@ -164,6 +170,11 @@ FLAGS: tuple[Unsupported, ...] = (
         "choice on Hopper is another, so the flag must be given)",
     ),
     Unsupported(
+        "--kv-cache-dtype in 8 bits or fewer",
+        lambda args: args.kv_cache_dtype not in _PLAIN_KV,
+        "canonical attention reads a cache in the model's own precision",
+    ),
+    Unsupported(
         "--dllm-algorithm", lambda args: args.dllm_algorithm, "diffusion models do not decode token by token"
     ),
     Unsupported("--is-embedding", lambda args: args.is_embedding, "embedding models generate nothing"),
@@ -184,6 +195,11 @@ MODELS: tuple[Unsupported, ...] = (
         "models with state-space or linear-attention layers",
         lambda config: _has_recurrent_layers(config),
         "their state cannot be rolled back",
+    ),
+    Unsupported(
+        "models with multi-head latent attention (MLA)",
+        lambda config: config.attention_arch.name == "MLA",
+        "canonical attention reads keys and values, not what both are computed from",
     ),
     Unsupported(
         "encoder-decoder models",
@@ -237,6 +253,11 @@ def _why_not_writable(path: Path) -> str | None:
 def unsupported(args: ServerArgs) -> list[str]:
     """One sentence for each flag that cannot be used together with ``--enable-llm42`` yet."""
     found = [_sentence(row) for row in FLAGS if row.applies(args)]
+    if other := _other_gpus(args):
+        found.append(
+            f"--enable-llm42 does not work with GPUs other than Hopper yet, and here are {other}: canonical "
+            "attention is FlashInfer's fa3 kernel, which is compiled for Hopper alone."
+        )
     if _rust_server():
         found.append("--enable-llm42 does not work with SGLANG_RUST_SERVER yet: marks are read in Python.")
     preferred = args.preferred_sampling_params
@@ -271,6 +292,20 @@ def _has_recurrent_layers(config: Any) -> bool:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     return mambaish_config(config) is not None
+
+
+def _other_gpus(args: ServerArgs) -> str:
+    """The visible GPUs that are not Hopper, with their compute capability."""
+    import torch
+
+    if args.device != "cuda" or not torch.cuda.is_available():
+        return ""
+    found = set()
+    for gpu in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(gpu)
+        if major != HOPPER:
+            found.add(f"{torch.cuda.get_device_name(gpu)} ({major}.{minor})")
+    return ", ".join(sorted(found))
 
 
 def _rust_server() -> bool:
