@@ -75,6 +75,7 @@ def start_runtime(result: None, scheduler: Scheduler) -> None:
     _observer = Observer.of_scheduler(scheduler, _runtime)
     scheduler.llm42 = _runtime
     scheduler.llm42_configuration_digest = _observer.configuration_digest
+    scheduler.llm42_accepting_reqs = True
     certify(scheduler)
 
 
