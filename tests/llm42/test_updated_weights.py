@@ -123,6 +123,27 @@ def test_marked_requests_are_refused_once_certification_failed(
     assert len(_plan(scheduler)) == 1 and certified == [scheduler]
 
 
+def test_sglangs_watchdog_looks_at_a_certification(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a batch it would not, and a rank that waits for one that has failed has none."""
+    from sglang.srt.managers.scheduler_components import invariant_checker
+
+    scheduler: Any = SimpleNamespace(forward_ct=7, is_initializing=False, cur_batch_for_debug=None)
+    monkeypatch.setattr(invariant_checker, "WatchdogRaw", lambda **kwargs: SimpleNamespace(**kwargs))
+    watchdog: Any = invariant_checker.create_scheduler_watchdog(scheduler, watchdog_timeout=300)
+    seen: list[bool] = []
+
+    def certify(scheduler: Any) -> None:
+        # Another count than before: else its time would have begun with the last batch, hours ago perhaps.
+        seen.append(watchdog.is_active() and watchdog.get_counter() != 7 and watchdog.dump_info() == "")
+        raise CertificationError("no")
+
+    monkeypatch.setattr(scheduler_hooks, "_certify", certify)
+    assert not watchdog.is_active()
+    with pytest.raises(CertificationError):
+        scheduler_hooks.certify(scheduler)
+    assert seen == [True] and not watchdog.is_active()
+
+
 def test_an_error_that_may_be_one_ranks_alone_is_not_survived(
     certified: list[Any], observer: _Observer
 ) -> None:
