@@ -11,6 +11,7 @@ import torch
 from sglang_ext.doctor import probes
 from sglang_ext.doctor.comparison import Comparison
 from sglang_ext.doctor.digest import row_digests
+from sglang_ext.doctor.fingerprint import of_all_ranks
 from sglang_ext.doctor.operators import Recorder
 from sglang_ext.doctor.probes import Pass, Space, Trial
 from sglang_ext.doctor.workspace import Workspace, room
@@ -28,7 +29,10 @@ SAMPLED_ROWS = 18
 
 
 class CertificationError(RuntimeError):
-    """The engine does not have the property that deterministic output rests on."""
+    """The engine does not have the property that deterministic output rests on.
+
+    All ranks raise it or none.
+    """
 
 
 def space_of(canonical_pass: AnyCanonicalPass, quick: bool) -> tuple[Space, list[str]]:
@@ -136,10 +140,11 @@ class Bench:
         """Keep what the fingerprint and the sampler's checks need of the first pass.
 
         Raises:
-            CertificationError: the logits are NaN, which would count as equal bits everywhere.
+            CertificationError: the logits are NaN on some rank, which would count as equal bits everywhere.
         """
         count = sum(placement.rows for placement in placements)
-        if bool(logits[:count].isnan().any()):
+        # A rank that raised alone would leave the others waiting for it.
+        if any(of_all_ranks(bool(logits[:count].isnan().any()), group_of(self._pass))):
             raise CertificationError(
                 "--enable-llm42 does not work with this model and configuration: canonical logits are not "
                 "numbers (NaN), so nothing can be said about row invariance."

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RankMismatch(RuntimeError):
-    """Tensor-parallel ranks computed different canonical logits."""
+    """Tensor-parallel ranks computed different canonical logits; all ranks raise it or none."""
 
 
 def fingerprint(logits: torch.Tensor) -> str:

@@ -76,6 +76,7 @@ def start_runtime(result: None, scheduler: Scheduler) -> None:
     _observer = Observer.of_scheduler(scheduler, _runtime)
     scheduler.llm42 = _runtime
     scheduler.llm42_configuration_digest = _observer.configuration_digest
+    scheduler.llm42_accepting_reqs = True
     certify(scheduler)
 
 
@@ -84,7 +85,29 @@ def certify(scheduler: Scheduler) -> None:
 
     Raises:
         CertificationError: rows of canonical passes are not invariant with this model and configuration.
+        RankMismatch: the ranks computed different logits.
     """
+    with _under_watchdog(scheduler):
+        _certify(scheduler)
+
+
+@contextmanager
+def _under_watchdog(scheduler: Scheduler) -> Iterator[None]:
+    """Let SGLang's watchdog end the server if what runs in here takes longer than ``--watchdog-timeout``.
+
+    It looks only while a batch runs or the scheduler is initializing, and a rank that waits in a collective
+    for one that has failed has no batch.
+    """
+    # The watchdog's time begins when it sees another number here, else with the last batch.
+    scheduler.forward_ct += 1
+    before, scheduler.is_initializing = scheduler.is_initializing, True
+    try:
+        yield
+    finally:
+        scheduler.is_initializing = before
+
+
+def _certify(scheduler: Scheduler) -> None:
     verification = runtime().verification
     verification.wait()
     passes = verification.passes

@@ -55,7 +55,7 @@ def forget_old_weights(scheduler: Scheduler) -> None:
     runtime: Any = scheduler.llm42
     runtime.weights_generation += 1
     scheduler.llm42_fingerprint = None
-    scheduler.llm42_refuses_marked = False
+    _accept(scheduler, True)
     # Smaller passes were compared with the full one under the old weights.
     runtime.verification.allow_sizes(())
     running = _end_running(scheduler)
@@ -75,14 +75,14 @@ def plan_prefill(original: Callable[..., Any], scheduler: Any, *args: Any) -> An
     waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
     compiling, grammars.grammar_queue = grammars.grammar_queue, []
     certify_if_idle(scheduler)
-    if not _refuses_marked(scheduler) and scheduler.llm42_fingerprint is None:
+    if scheduler.llm42_accepting_reqs and scheduler.llm42_fingerprint is None:
         # What has begun goes on, a prompt that is computed in parts included; nothing else begins.
         plan = original(scheduler, *args)
         scheduler.waiting_queue = waiting + scheduler.waiting_queue
         grammars.grammar_queue = compiling
         return plan
     scheduler.waiting_queue, grammars.grammar_queue = waiting, compiling
-    if _refuses_marked(scheduler):
+    if not scheduler.llm42_accepting_reqs:
         _refuse_marked(scheduler)
     return original(scheduler, *args)
 
@@ -102,20 +102,26 @@ def certify_if_idle(scheduler: Any) -> None:
     """Certify updated weights unless that was tried; on every rank alike.
 
     The cache is emptied first: the fingerprint depends on how much room the probe has.
+
+    Both errors that are caught are raised on every rank or on none. Any other may be one rank's alone, while
+    the rest waits for it in a collective: it ends the scheduler, upon which SGLang ends the server.
     """
-    if scheduler.llm42_fingerprint is not None or _refuses_marked(scheduler) or not scheduler.is_fully_idle():
+    if scheduler.llm42_fingerprint is not None or not scheduler.llm42_accepting_reqs:
+        return
+    if not scheduler.is_fully_idle():
         return
     scheduler.flush_cache()
     try:
         scheduler_hooks.certify(scheduler)
     except (CertificationError, RankMismatch):
         scheduler.llm42_fingerprint = None
-        scheduler.llm42_refuses_marked = True
+        _accept(scheduler, False)
         logger.exception("The updated weights cannot be certified: deterministic requests get a 503")
 
 
-def _refuses_marked(scheduler: Any) -> bool:
-    return getattr(scheduler, "llm42_refuses_marked", False)
+def _accept(scheduler: Any, accepted: bool) -> None:
+    scheduler.llm42_accepting_reqs = accepted
+    scheduler_hooks.observer().accepting(accepted)
 
 
 def _end_running(scheduler: Any) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_ext.doctor import bench, fallback
 from sglang_ext.doctor import certify as certification
-from sglang_ext.doctor import fallback
 from sglang_ext.doctor.certify import CertificationError, certify, certify_quickly
 from sglang_ext.llm42 import sampling
 
@@ -229,6 +229,15 @@ def test_logits_that_are_no_numbers_are_refused(
     with pytest.raises(CertificationError, match="NaN"):
         certify_quickly(canonical_pass)
     assert same(before, pools(runner))
+
+
+def test_logits_that_are_no_numbers_on_another_rank_are_refused_on_all(
+    canonical_pass: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that went on would wait for the one that did not."""
+    monkeypatch.setattr(bench, "of_all_ranks", lambda value, group: [value, True])
+    with pytest.raises(CertificationError, match="NaN"):
+        certify_quickly(canonical_pass)
 
 
 def test_log_softmax_over_the_batch_is_found(canonical_pass: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,12 +270,16 @@ class SabotagedServer(Server):
     @contextmanager
     def broken(self, mode: str) -> Iterator[None]:
         """Break one thing, named by a ``Mode`` of the plugin; afterwards all is whole and the cache empty."""
-        self._control.write_text(mode)
+        self.break_for_good(mode)
         try:
             yield
         finally:
             self._control.write_text("")
             self.flush_cache()
+
+    def break_for_good(self, mode: str) -> None:
+        """The same, and the server is not expected to outlive it."""
+        self._control.write_text(mode)
 
 
 #: ``start_server(model, *flags, **environment)`` of the fixture with this name.

@@ -7,17 +7,27 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import requests
 from determinism import run_alone
-from live_server import REQUEST_TIMEOUT_S, Request, SabotagedServer, Server, running
+from live_server import REQUEST_TIMEOUT_S, Request, SabotagedServer, Server, ServerError, running
 from models import make_tokenizer, write_tiny_llama
 from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY, marked, random_prompts
 
 #: Long enough to be under way while the test acts.
 LONG = {"max_new_tokens": 600, "temperature": 0.0, "ignore_eos": True}
 SHORT = {"max_new_tokens": 24, "temperature": 0.0}
+
+ACCEPTING = "sglang:llm42_accepting_reqs"
+
+#: SGLang's own diagnostics of GPUs, for which it waits 65 s before it ends its processes.
+NO_DIAGNOSTICS = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
+
+#: Seconds in which a server has ended whose rank has failed: far less than any timeout of a collective.
+END_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +56,15 @@ def update(server: Server, checkpoint: Path) -> None:
     assert answer.status_code == 200 and answer.json()["success"], answer.text
 
 
+def state(server: Server) -> dict[str, Any]:
+    """What the first scheduler tells about itself."""
+    answer = requests.get(f"{server.url}/server_info", timeout=REQUEST_TIMEOUT_S)
+    return answer.json()["internal_states"][0]
+
+
 def fingerprint(server: Server) -> str | None:
     """The canonical fingerprint as the server tells it."""
-    answer = requests.get(f"{server.url}/server_info", timeout=REQUEST_TIMEOUT_S)
-    return answer.json()["internal_states"][0]["llm42_fingerprint"]
+    return state(server)["llm42_fingerprint"]
 
 
 @contextmanager
@@ -156,6 +171,43 @@ def test_updated_weights_are_certified_unasked(checkpoints: list[Path], logs: Pa
             assert fingerprint(server) is None
         update(server, checkpoints[0])
         assert [server.generate(subject)] == before
+
+
+def test_two_ranks_refuse_alike_and_end_together(checkpoints: list[Path], logs: Path) -> None:
+    """Weights that fail on both ranks are refused; a rank that fails alone ends the server."""
+    [subject] = marked(random_prompts(1, 30, 30, seed=8), **SHORT)
+    flags = (*LLM42_FLAGS, "--tp-size", "2", "--max-total-tokens", "2048", "--enable-metrics")
+    environment = {**ONE_THREAD, **NO_DIAGNOSTICS}
+    server = SabotagedServer(checkpoints[0], logs / "two_ranks.log", flags, environment)
+    with running(server):
+        before = run_alone(server, [subject])
+        assert server.metric(ACCEPTING) == 1 and state(server)["llm42_accepting_reqs"] is True
+        with server.broken("torch_attention"):
+            update(server, checkpoints[1])
+            assert _status_of(server, subject)[0] == 503
+            assert server.metric(ACCEPTING) == 0 and state(server)["llm42_accepting_reqs"] is False
+        update(server, checkpoints[0])
+        assert [server.generate(subject)] == before and server.metric(ACCEPTING) == 1
+
+        processes = psutil.Process(server.process.pid).children(recursive=True)
+        update(server, checkpoints[1])
+        server.break_for_good("failing_rank")
+        began = time.monotonic()
+        with pytest.raises(ServerError):
+            server.generate(subject)
+        assert server.process.wait(timeout=END_S) != 0
+        while any(map(_runs, processes)):
+            assert time.monotonic() < began + END_S, "processes are left"
+            time.sleep(0.1)
+    log = server.log.read_text(errors="replace")
+    assert "Scheduler hit an exception" in log and "out of memory on this rank alone" in log
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _status_of(server: Server, request: Request) -> tuple[int, str]:

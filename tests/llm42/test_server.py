@@ -759,6 +759,7 @@ def test_counters_travel_with_the_internal_state() -> None:
         llm42_configuration_digest="d",
         ps=types.SimpleNamespace(dp_rank=3),
         llm42_fingerprint="f",
+        llm42_accepting_reqs=True,
     )
     result = types.SimpleNamespace(internal_state={"theirs": 1})
     internal_state.get_internal_state(result, scheduler, None)
@@ -768,6 +769,7 @@ def test_counters_travel_with_the_internal_state() -> None:
         "llm42_configuration": "d",
         "llm42_dp_rank": 3,
         "llm42_fingerprint": "f",
+        "llm42_accepting_reqs": True,
     }
 
     reset = SetInternalStateReq(server_args={internal_state.RESET_KEY: 1})

@@ -60,6 +60,7 @@ def test_every_metric_is_shown_from_the_start() -> None:
     assert set(registry.figures().values()) == {0.0}
     for name, _ in (metrics_module.RUNNING, metrics_module.LINES, metrics_module.DROPPED):
         assert registry.value(name) == 0.0
+    assert registry.value(metrics_module.ACCEPTING[0]) == 1.0
 
 
 def test_counters_show_totals_through_resets() -> None:
@@ -128,7 +129,10 @@ def test_updates_are_rare_while_requests_run_and_sure_when_the_last_ends() -> No
 
 
 def test_names_are_sglangs_style() -> None:
-    rows = (*COUNTERS.values(), metrics_module.RUNNING, metrics_module.LINES, metrics_module.DROPPED)
+    rows = [
+        *COUNTERS.values(),
+        *(metrics_module.ACCEPTING, metrics_module.RUNNING, metrics_module.LINES, metrics_module.DROPPED),
+    ]
     assert len({name for name, _ in rows}) == len(rows)
     assert all(name.startswith("sglang:llm42_") and text.endswith(".") for name, text in rows)
     assert set(COUNTERS) <= set(Statistics().as_dict())
@@ -225,6 +229,15 @@ def test_dropped_lines_are_counted(tmp_path: Path, endings: list[Any]) -> None:
     assert collector.registry.value("sglang:llm42_commit_log_dropped_lines_total") == 1
 
 
+def test_refusal_of_deterministic_requests_is_shown() -> None:
+    collector = _Prometheus()
+    observer = Observer.of_scheduler(_scheduler(None, collector=collector), _runtime())
+    for accepted in (False, True):
+        observer.accepting(accepted)
+        observer.step_done()
+        assert collector.registry.value("sglang:llm42_accepting_reqs") == accepted
+
+
 def test_only_the_first_tensor_parallel_rank_writes(tmp_path: Path, endings: list[Any]) -> None:
     observer = Observer.of_scheduler(_scheduler(tmp_path / "log", tp_rank=1), _runtime())
     _finish(observer, [1, 2, 3])
@@ -235,6 +248,7 @@ def test_nothing_happens_where_nothing_was_asked_for() -> None:
     runtime = types.SimpleNamespace()  # nothing of it is read
     observer = Observer.of_scheduler(_scheduler(None), runtime)  # type: ignore[arg-type]
     observer.step_done()
+    observer.accepting(False)
     _finish(observer, [1, 2, 3])
 
 

@@ -32,6 +32,10 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
         "Tokens of canonical prefixes copied for unmarked requests.",
     ),
 }
+ACCEPTING = (
+    "sglang:llm42_accepting_reqs",
+    "Whether deterministic requests are accepted: 0 after updated weights failed their certification.",
+)
 RUNNING = ("sglang:llm42_num_running_reqs", "Deterministic requests that are running.")
 LINES = ("sglang:llm42_commit_log_lines_total", "Lines written to the commit log.")
 DROPPED = ("sglang:llm42_commit_log_dropped_lines_total", "Lines that the commit log lost.")
@@ -64,11 +68,17 @@ class Metrics:
         def new_counter(name: str, documentation: str) -> Any:
             return counter(name=name, documentation=documentation, labelnames=names).labels(**labels)
 
+        def new_gauge(name: str, documentation: str) -> Any:
+            return gauge(
+                name=name, documentation=documentation, labelnames=names, multiprocess_mode="mostrecent"
+            ).labels(**labels)
+
         self._counters = {field: new_counter(*row) for field, row in COUNTERS.items()}
-        self._running = gauge(
-            name=RUNNING[0], documentation=RUNNING[1], labelnames=names, multiprocess_mode="mostrecent"
-        ).labels(**labels)
+        self._running = new_gauge(*RUNNING)
         self._running.set(0)
+        self._accepting = new_gauge(*ACCEPTING)
+        # A server whose weights are not certified at its start does not start.
+        self._accepting.set(1)
         self._lines = new_counter(*LINES)
         self._dropped = new_counter(*DROPPED)
         self._shown = dict.fromkeys(COUNTERS, 0)
@@ -98,6 +108,10 @@ class Metrics:
             if increase := totals[field] - self._shown[field]:
                 counter.inc(increase)
                 self._shown[field] = totals[field]
+
+    def accepting(self, accepted: bool) -> None:
+        """Show whether deterministic requests are accepted."""
+        self._accepting.set(int(accepted))
 
     def line_written(self) -> None:
         """A line was written to the commit log; may be called in any thread."""

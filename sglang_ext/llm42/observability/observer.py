@@ -55,6 +55,11 @@ class Observer:
         if self._metrics is not None:
             self._metrics.update(self._runtime.statistics, self._runtime.num_running)
 
+    def accepting(self, accepted: bool) -> None:
+        """From now on deterministic requests are accepted, or refused."""
+        if self._metrics is not None:
+            self._metrics.accepting(accepted)
+
     def finished(self, req: Req, state: DeterministicRequest) -> None:
         """A deterministic request has ended, and its log is released.
 

@@ -20,17 +20,21 @@ RANK_KEY = "llm42_dp_rank"
 #: they are certified, and for good if that fails.
 FINGERPRINT_KEY = "llm42_fingerprint"
 
+#: Key of whether deterministic requests are accepted; false once the certification of updated weights failed.
+ACCEPTING_KEY = "llm42_accepting_reqs"
+
 #: Key of a request to set them to zero.
 RESET_KEY = "llm42_reset_statistics"
 
 
 def get_internal_state(result: Any, scheduler: Any, recv_req: Any) -> None:
-    """After ``Scheduler.get_internal_state``: add the runtime's counters, digest and fingerprint."""
+    """After ``Scheduler.get_internal_state``: add the runtime's counters and state."""
     weight_updates.certify_if_idle(scheduler)
     result.internal_state[STATE_KEY] = scheduler.llm42.statistics.as_dict()
     result.internal_state[RANK_KEY] = scheduler.ps.dp_rank or 0
     result.internal_state[CONFIGURATION_KEY] = scheduler.llm42_configuration_digest
     result.internal_state[FINGERPRINT_KEY] = scheduler.llm42_fingerprint
+    result.internal_state[ACCEPTING_KEY] = scheduler.llm42_accepting_reqs
 
 
 def set_internal_state(original: Callable[..., Any], scheduler: Any, recv_req: Any) -> Any:

@@ -43,6 +43,7 @@ class Mode(StrEnum):
     STOCK_ALL_REDUCE = "stock_all_reduce"  # canonical passes run gloo's all-reduce
     SECOND_HALF_FIRST = "second_half_first"  # the second half of a woven pass attends before the first
     RING_ORDER = "ring_order"  # the fused step sums a row's parts in its owner's order, rounding each time
+    FAILING_RANK = "failing_rank"  # the second rank runs out of memory in the middle of a certification
     SMALL_LOG_QUEUE = "small_log_queue"  # from the start: the commit log's queue holds a few lines
 
 
@@ -54,6 +55,7 @@ def active(mode: Mode) -> bool:
 def register() -> None:
     """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
     from sglang_ext.cpu import collectives, experts
+    from sglang_ext.doctor import bench
     from sglang_ext.llm42 import commit, request, sampling, scheduler_hooks
     from sglang_ext.llm42.observability import log_writer
     from sglang_ext.tokenweave import collective, interleave
@@ -68,6 +70,7 @@ def register() -> None:
     _wrap(collectives, "_order_matters", _order_matters)
     _wrap(interleave.Interleaver, "run", _run_halves)
     _wrap(collective, "reduce_in_rank_order", _reduce)
+    _wrap(bench.Bench, "_run_trial", _run_trial)
     _wrap(log_writer.LogWriter, "__init__", _log_writer)
 
 
@@ -209,3 +212,10 @@ def _reduce(original: Callable[..., torch.Tensor], partials: Sequence[torch.Tens
     for step in range(2, len(partials) + 1):
         total += partials[(own + step) % len(partials)]
     return total
+
+
+def _run_trial(original: Callable[..., None], bench: Any, *args: Any, **kwargs: Any) -> None:
+    """After the first pass, so that the other ranks wait for this one in the next."""
+    if bench.passes and active(Mode.FAILING_RANK) and torch.distributed.get_rank() == 1:
+        raise torch.OutOfMemoryError("out of memory on this rank alone")
+    original(bench, *args, **kwargs)
