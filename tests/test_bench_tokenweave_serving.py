@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import bench_tokenweave_serving as bench
-import multigpu
 import pytest
 from bench_tokenweave_serving import PREFILLS, Load, Result
 from serving import ServingError
@@ -79,26 +76,3 @@ def test_lines_about_tokenweave_are_found_once(tmp_path: Path) -> None:
     assert bench.tokenweave_lines(SimpleNamespace(log=log)) == [  # type: ignore[arg-type]
         "TokenWeave path on all 4 ranks: peer (reason)"
     ]
-
-
-def test_stages_run_what_is_there(tmp_path: Path) -> None:
-    for stage in multigpu.stages(4, tmp_path, 20):
-        scripts = [word for word in stage.command if word.endswith(".py")]
-        assert all(Path(script).is_file() for script in scripts), stage
-        folders = [word for word in stage.command if word.startswith("tests/")]
-        assert all((multigpu.REPOSITORY / folder).is_dir() for folder in folders), stage
-        assert stage.limit <= 600
-
-
-def test_a_stage_that_hangs_is_ended_and_its_output_kept(tmp_path: Path) -> None:
-    program = "print('begun', flush=True); import time; time.sleep(60)"
-    began = time.monotonic()
-    status, _ = multigpu.run(multigpu.Stage("slow", (sys.executable, "-c", program), 3), tmp_path)
-    assert status == "time ran out" and time.monotonic() - began < 30
-    assert (tmp_path / "multigpu-slow.log").read_text() == "begun\n"
-
-
-def test_a_stage_without_multicast(tmp_path: Path) -> None:
-    program = "import os; assert os.environ['TORCH_SYMM_MEM_DISABLE_MULTICAST'] == '1'; raise SystemExit(5)"
-    status, _ = multigpu.run(multigpu.Stage("check", (sys.executable, "-c", program), 30), tmp_path)
-    assert status == 5

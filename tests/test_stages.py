@@ -42,9 +42,23 @@ def test_every_benchmark_of_one_gpu_is_tried_here() -> None:
     }
 
 
+@pytest.mark.parametrize("stage", ALL, ids=lambda stage: stage.name)
+def test_its_files_are_there(stage: Stage) -> None:
+    scripts = [word for word in stage.command if word.endswith(".py")]
+    assert all(Path(script).is_file() for script in scripts)
+    folders = [word for word in stage.command if word == "tests" or word.startswith("tests/")]
+    assert all((stages.REPOSITORY / folder).is_dir() for folder in folders)
+
+
+def test_no_stage_makes_multicast_objects(tmp_path: Path) -> None:
+    stage = _python("check", "import os; assert os.environ['TORCH_SYMM_MEM_DISABLE_MULTICAST'] == '1'")
+    assert stages.run(stage, tmp_path / "log")[0] == 0
+
+
 @pytest.mark.parametrize("all_stages", [gpu.stages(Path(), Path()), multigpu.stages(2, Path(), 5)])
-def test_names_are_given_once(all_stages: tuple[Stage, ...]) -> None:
+def test_names_are_given_once_and_no_stage_takes_long(all_stages: tuple[Stage, ...]) -> None:
     assert len({stage.name for stage in all_stages}) == len(all_stages)
+    assert all(stage.limit <= 720 for stage in all_stages)
 
 
 def _python(name: str, text: str, limit: float = 60) -> Stage:

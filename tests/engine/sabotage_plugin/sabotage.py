@@ -56,12 +56,12 @@ def register() -> None:
     """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
     from sglang_ext.cpu import collectives, experts
     from sglang_ext.doctor import bench
-    from sglang_ext.llm42 import commit, request, sampling, scheduler_hooks
+    from sglang_ext.llm42 import commit, prefill, request, sampling, scheduler_hooks
     from sglang_ext.llm42.observability import log_writer
     from sglang_ext.tokenweave import collective, interleave
 
     _wrap(scheduler_hooks, "canonical_attention_factory", _attention_factory)
-    _wrap(scheduler_hooks, "forward_batch_generation", _forward_batch_generation)
+    _wrap(prefill, "_join", _join)
     _wrap(scheduler_hooks, "release_overallocated", _release_overallocated)
     _wrap(request, "attach", _attach)
     _wrap(commit, "_append_verdict", _append_verdict)
@@ -96,17 +96,18 @@ def _attention_factory(original: Callable[..., Any], model_runner: Any) -> type:
     return Attention
 
 
-def _forward_batch_generation(
-    original: Callable[..., Any], stock: Callable[..., Any], worker: Any, batch: Any, *args: Any, **kw: Any
-) -> Any:
-    if batch is not None and batch.forward_mode.is_extend() and active(Mode.STOCK_PREFILL):
-        marked = [req.llm42.lane for req in batch.reqs if req.llm42 is not None]
-        if marked:
-            stock(worker, batch, *args, **kw)
-        for lane in marked:
+def _join(original: Callable[..., bool], scheduler: Any, plan: Any) -> bool:
+    from sglang.srt.managers.overlap_utils import resolve_forward_inputs
+
+    batch = plan.batch_to_run
+    if batch is not None and batch.reqs[0].llm42 is not None and active(Mode.STOCK_PREFILL):
+        resolve_forward_inputs(batch, scheduler.future_map)
+        scheduler.tp_worker.forward_batch_generation(batch)
+        for req in batch.reqs:
             # The lane still computes the last row: its logits give the first token.
+            lane = req.llm42.lane
             lane.canonical_end = lane.planned_end = lane.known_end - 1
-    return original(stock, worker, batch, *args, **kw)
+    return original(scheduler, plan)
 
 
 def _release_overallocated(
@@ -157,8 +158,9 @@ def _sample(
     token_ids = original(logits, rows, positions, margins)
     if active(Mode.BATCH_SAMPLER):
         return _sample_as_batch(logits, rows, positions)
-    # Rollbacks alone change nothing, but cut windows differently: what torch's attention is sensitive to.
-    corrupting = active(Mode.CORRUPT_CANDIDATES) or active(Mode.TORCH_ATTENTION)
+    # Rollbacks alone change nothing, but cut windows differently: what the last two are sensitive to.
+    cutting = (Mode.CORRUPT_CANDIDATES, Mode.TORCH_ATTENTION, Mode.WHOLE_WINDOW_FINISH)
+    corrupting = any(map(active, cutting))
     ending = active(Mode.END_CANDIDATES)
     if margins is None or not (corrupting or ending):
         return token_ids
