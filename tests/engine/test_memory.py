@@ -28,6 +28,9 @@ TIGHT = ("--max-total-tokens", str(POOL), "--schedule-conservativeness", "0.05")
 
 RETRACTED = re.compile("Retract requests|Testing retraction")
 
+#: Rounds of traffic, two at least; whether a request is retracted depends on how many meet.
+MOST_ROUNDS = 10
+
 SUBJECTS = [
     *marked(random_prompts(6, 10, 90, seed=2), max_new_tokens=64, ignore_eos=True, temperature=1.0),
     *marked(random_prompts(3, 10, 60, seed=3), max_new_tokens=40, ignore_eos=True, temperature=0.0),
@@ -117,8 +120,10 @@ def server(request: pytest.FixtureRequest, random_llama: Path, logs: Path) -> It
 
 def test_every_slot_comes_back(server: SabotagedServer) -> None:
     expected = run_alone(server, SUBJECTS)
-    for round_ in range(2):
+    for round_ in range(MOST_ROUNDS):
         assert _traffic(server, round_) == expected
+        if round_ > 0 and RETRACTED.search(server.log.read_text()):
+            break
     server.wait_until_idle()
     server.flush_cache()
     log = server.log.read_text()
