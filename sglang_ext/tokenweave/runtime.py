@@ -35,6 +35,7 @@ class Runtime:
     Attributes:
         weaver: runs the decoder stack.
         coordinator: SGLang's tensor-parallel group.
+        path: how the fused step moves data, agreed on by all ranks.
         canonical_split: how canonical passes of LLM-42 are cut, "equal" or "never".
         attention_backends: one attention backend per half, each with plans of its own.
         refused: reasons already logged for which a batch was not cut.
@@ -42,6 +43,7 @@ class Runtime:
 
     weaver: Weaver
     coordinator: Any
+    path: paths.Path
     canonical_split: str = "equal"
     attention_backends: list[Any] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
@@ -202,7 +204,7 @@ def start(model_runner: Any) -> Runtime | None:
         fuse_whole=path is not paths.Path.COLLECTIVE or model_runner.device == "cpu",
         poison_residual=config.poison_residual,
     )
-    _runtime = Runtime(weaver, coordinator, config.canonical_split)
+    _runtime = Runtime(weaver, coordinator, path, config.canonical_split)
     return _runtime
 
 
