@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import DeepseekV2Config, LlamaConfig
 
 from sglang_ext import hooks, launch_server
 from sglang_ext.llm42 import requirements
@@ -21,6 +21,7 @@ from sglang_ext.llm42.server import refusals
 hooks.install(hooks.Feature.FLAGS)
 
 from sglang.srt import server_args as sglang_server_args  # noqa: E402
+from sglang.srt.configs.model_config import AttentionArch  # noqa: E402
 
 from sglang_ext.server_args import ServerArgs  # noqa: E402
 
@@ -272,6 +273,7 @@ def _model(**traits: Any) -> Any:
         "is_hybrid_swa": False,
         "sliding_window_size": None,
         "is_encoder_decoder": False,
+        "attention_arch": AttentionArch.MHA,
     }
     config["linear_attn_registry_result"] = get_linear_attn_config(hf_config)
     return types.SimpleNamespace(
@@ -282,6 +284,7 @@ def _model(**traits: Any) -> Any:
 @pytest.mark.parametrize(
     ("config", "what"),
     [
+        (_model(attention_arch=AttentionArch.MLA), "latent attention"),
         (_model(is_hybrid_swa=True), "sliding-window"),
         (_model(sliding_window_size=4096), "sliding-window"),
         (_model(is_encoder_decoder=True), "encoder-decoder"),
@@ -308,6 +311,13 @@ def test_state_space_models_are_refused() -> None:
     args = types.SimpleNamespace(model_path="a-model", get_model_config=lambda: config)
     reasons = requirements.unsupported_model(args)  # type: ignore[arg-type]
     assert any("state-space" in reason for reason in reasons)
+
+
+def test_deepseek_is_refused_on_a_cpu_before_its_weights_are_read(tmp_path: Path) -> None:
+    config = DeepseekV2Config(architectures=["DeepseekV2ForCausalLM"], num_hidden_layers=1, dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--enable-llm42 .* models with multi-head latent attention"):
+        ServerArgs(model_path=str(tmp_path), enable_llm42=True, device="cpu")
 
 
 def test_arguments_survive_the_way_to_another_process(monkeypatch: pytest.MonkeyPatch) -> None:

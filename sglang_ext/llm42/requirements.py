@@ -190,6 +190,11 @@ MODELS: tuple[Unsupported, ...] = (
         lambda config: config.is_encoder_decoder,
         "canonical passes know decoders only",
     ),
+    Unsupported(
+        "models with multi-head latent attention (MLA)",
+        lambda config: _has_latent_attention(config),
+        "canonical attention reads keys and values of heads, not a latent that they share",
+    ),
 )
 
 
@@ -271,6 +276,12 @@ def _has_recurrent_layers(config: Any) -> bool:
     from sglang.srt.configs.hybrid_arch import mambaish_config
 
     return mambaish_config(config) is not None
+
+
+def _has_latent_attention(config: Any) -> bool:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    return bool(config.attention_arch == AttentionArch.MLA)
 
 
 def _rust_server() -> bool:
