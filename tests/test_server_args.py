@@ -14,7 +14,7 @@ import torch
 from transformers import DeepseekV2Config, LlamaConfig
 
 from sglang_ext import hooks, launch_server
-from sglang_ext.llm42 import requirements
+from sglang_ext.llm42 import attention, requirements
 from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.server import refusals
 
@@ -181,6 +181,7 @@ REFUSED: list[dict[str, Any]] = [
     {"tokenizer_worker_num": 2},
     {"smg_grpc_mode": True},
     {"attention_backend": "fa3", "device": "cuda"},
+    {"kv_cache_dtype": "fp8_e5m2", "device": "cuda"},
     {"dllm_algorithm": "LowConfidence"},
     {"is_embedding": True},
     {"encoder_only": True},
@@ -247,6 +248,55 @@ def test_a_gpu_gets_flashinfer_where_no_backend_was_asked_for(
     assert arguments.attention_backend == backend
 
 
+@pytest.mark.parametrize(
+    ("dtype", "works"),
+    [
+        *((dtype, True) for dtype in ("auto", "bf16", "bfloat16")),
+        *((dtype, False) for dtype in ("fp8_e4m3", "mxfp8", "nvfp4", "fp4_mx_block16")),
+    ],
+)
+def test_kv_cache_in_another_precision_is_refused_on_a_gpu(dtype: str, works: bool) -> None:
+    found = requirements.unsupported(_plain_arguments(device="cuda", kv_cache_dtype=dtype))
+    assert not found if works else "--kv-cache-dtype" in " ".join(found)
+    assert not requirements.unsupported(_plain_arguments(device="cpu", kv_cache_dtype=dtype)), "reads any"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kv_cache_dtype", "works"),
+    [
+        ("cuda", torch.bfloat16, "bf16", True),
+        ("cuda", torch.float16, "auto", True),
+        ("cuda", torch.float16, "bf16", False),
+        ("cuda", torch.float32, "bfloat16", False),
+        ("cpu", torch.float32, "bfloat16", True),
+    ],
+)
+def test_bfloat16_kv_needs_a_model_in_bfloat16(
+    device: str, dtype: torch.dtype, kv_cache_dtype: str, works: bool
+) -> None:
+    args = _arguments_with(_model(dtype=dtype), device=device, kv_cache_dtype=kv_cache_dtype)
+    found = requirements.unsupported_model(args)
+    if works:
+        assert not found
+    else:
+        (reason,) = found
+        assert f"--kv-cache-dtype {kv_cache_dtype} and a model in {dtype}".replace("torch.", "") in reason
+
+
+def test_kv_precision_that_no_flag_shows_is_refused_by_the_attention() -> None:
+    """A checkpoint can ask for fp8 where ``--kv-cache-dtype`` is ``auto``."""
+    runner = types.SimpleNamespace(
+        device="cuda",
+        dtype=torch.bfloat16,
+        kv_cache_dtype=torch.float8_e4m3fn,
+        token_to_kv_pool=None,
+        req_to_token_pool=None,
+    )
+    backend: Any = attention.canonical_attention_factory(runner)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"--enable-llm42 .*float8_e4m3fn.*the model's own precision"):
+        backend(runner, 8, 64)
+
+
 def test_sessions_in_the_radix_cache_are_refused() -> None:
     with pytest.raises(ValueError, match="--enable-session-radix-cache"):
         ServerArgs(model_path=DUMMY, enable_llm42=True, enable_session_radix_cache=True)
@@ -274,10 +324,18 @@ def _model(**traits: Any) -> Any:
         "sliding_window_size": None,
         "is_encoder_decoder": False,
         "attention_arch": AttentionArch.MHA,
+        "dtype": torch.bfloat16,
     }
     config["linear_attn_registry_result"] = get_linear_attn_config(hf_config)
     return types.SimpleNamespace(
         **config | traits, hf_config=hf_config, hf_text_config=hf_config, is_draft_model=False
+    )
+
+
+def _arguments_with(config: Any, device: str = "cpu", kv_cache_dtype: str = "auto") -> Any:
+    """As much of the arguments of a server with this model as is looked at."""
+    return types.SimpleNamespace(
+        model_path="a-model", get_model_config=lambda: config, device=device, kv_cache_dtype=kv_cache_dtype
     )
 
 
@@ -291,16 +349,14 @@ def _model(**traits: Any) -> Any:
     ],
 )
 def test_unsupported_models_are_refused(config: Any, what: str) -> None:
-    args = types.SimpleNamespace(model_path="a-model", get_model_config=lambda: config)
-    (reason,) = requirements.unsupported_model(args)  # type: ignore[arg-type]
+    (reason,) = requirements.unsupported_model(_arguments_with(config))
     assert what in reason and "--enable-llm42" in reason
 
 
 def test_plain_models_are_accepted() -> None:
     unused_window = _model(sliding_window_size=4096, text={"use_sliding_window": False})
     for config in (_model(), _model(text={"num_experts": 8}), unused_window):
-        args = types.SimpleNamespace(model_path="a-model", get_model_config=lambda config=config: config)
-        assert requirements.unsupported_model(args) == []  # type: ignore[arg-type]
+        assert requirements.unsupported_model(_arguments_with(config)) == []
 
 
 def test_state_space_models_are_refused() -> None:
@@ -308,8 +364,7 @@ def test_state_space_models_are_refused() -> None:
 
     config = _model()
     config.hf_config = FalconH1Config()
-    args = types.SimpleNamespace(model_path="a-model", get_model_config=lambda: config)
-    reasons = requirements.unsupported_model(args)  # type: ignore[arg-type]
+    reasons = requirements.unsupported_model(_arguments_with(config))
     assert any("state-space" in reason for reason in reasons)
 
 

@@ -21,6 +21,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_ext.llm42.requirements import KV_PRECISION_REASON
 from sglang_ext.llm42.transfer import to_device
 
 #: FlashInfer's scratch memory; without split-KV hardly any of it is used.
@@ -55,9 +56,10 @@ class CanonicalFlashInferBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         if model_runner.kv_cache_dtype != model_runner.dtype:
+            # Not seen in the flag: with "auto", SGLang follows a checkpoint that asks for fp8.
             raise ValueError(
-                f"--kv-cache-dtype {model_runner.kv_cache_dtype}: canonical attention reads a cache in the "
-                f"model's own precision, {model_runner.dtype}"
+                f"--enable-llm42 does not work with a KV cache in {model_runner.kv_cache_dtype} and a model "
+                f"in {model_runner.dtype} yet: {KV_PRECISION_REASON}."
             )
         config, world = model_runner.model_config, get_parallel().attn_tp_size
         self._heads = config.num_attention_heads // world

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 MAX_WINDOW_SIZE = 1024
 
+#: Values of ``--kv-cache-dtype`` that can be the model's own precision.
+_BFLOAT16 = ("bf16", "bfloat16")
+
+#: Also said by the attention itself, which sees the precision that SGLang chose.
+KV_PRECISION_REASON = "canonical attention reads a cache in the model's own precision"
+
 #: Model paths for which SGLang reads no model configuration.
 _NO_MODEL = ("none", "dummy")
 
@@ -164,6 +170,11 @@ FLAGS: tuple[Unsupported, ...] = (
         "choice on Hopper is another, so the flag must be given)",
     ),
     Unsupported(
+        "--kv-cache-dtype other than auto, bf16 or bfloat16 on a GPU",
+        lambda args: args.device == "cuda" and args.kv_cache_dtype not in ("auto", *_BFLOAT16),
+        KV_PRECISION_REASON,
+    ),
+    Unsupported(
         "--dllm-algorithm", lambda args: args.dllm_algorithm, "diffusion models do not decode token by token"
     ),
     Unsupported("--is-embedding", lambda args: args.is_embedding, "embedding models generate nothing"),
@@ -255,7 +266,16 @@ def unsupported_model(args: ServerArgs) -> list[str]:
     if args.model_path.lower() in _NO_MODEL:
         return []
     config = args.get_model_config()
-    return [_sentence(row) for row in MODELS if row.applies(config)]
+    return [_sentence(row) for row in MODELS if row.applies(config)] + _other_kv_precision(args, config)
+
+
+def _other_kv_precision(args: ServerArgs, config: Any) -> list[str]:
+    """Like the row of ``--kv-cache-dtype``, where it takes the model to tell."""
+    own = str(config.dtype).removeprefix("torch.")
+    if args.device != "cuda" or args.kv_cache_dtype not in _BFLOAT16 or own == "bfloat16":
+        return []
+    what = f"--kv-cache-dtype {args.kv_cache_dtype} and a model in {own}"
+    return [f"--enable-llm42 does not work with {what} yet: {KV_PRECISION_REASON}."]
 
 
 def _sentence(row: Unsupported) -> str:
