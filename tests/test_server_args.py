@@ -181,6 +181,7 @@ REFUSED: list[dict[str, Any]] = [
     {"tokenizer_worker_num": 2},
     {"smg_grpc_mode": True},
     {"attention_backend": "fa3", "device": "cuda"},
+    {"device": "xpu"},
     {"kv_cache_dtype": "fp8_e5m2", "device": "cuda"},
     {"dllm_algorithm": "LowConfidence"},
     {"is_embedding": True},
@@ -206,7 +207,7 @@ def test_every_refused_flag_is_tried() -> None:
 
 def test_the_documentation_gives_the_reason_for_every_refusal() -> None:
     text = (Path(__file__).parents[1] / "docs/refused.md").read_text()
-    for row in (*requirements.FLAGS, *requirements.MODELS):
+    for row in (*requirements.FLAGS, *requirements.MODELS, *requirements.GPUS):
         assert f"\n| {row.what} | {row.reason} | " in text, row.what
     for refusal in refusals.REFUSED_PER_REQUEST:
         assert f"\n| `{refusal.field}` | {refusal.reason} |\n" in text, refusal.field
@@ -249,6 +250,70 @@ def test_a_gpu_gets_flashinfer_where_no_backend_was_asked_for(
 
 
 @pytest.mark.parametrize(
+    ("device", "works"),
+    [(None, True), ("cpu", True), ("cuda", True), ("cuda:1", True), ("npu", False), ("hpu:0", False)],
+)
+def test_devices(device: str | None, works: bool) -> None:
+    found = requirements.unsupported(_plain_arguments(device=device))
+    assert not found if works else "--device other than cpu or cuda" in " ".join(found)
+
+
+HOPPER = requirements.Gpu("NVIDIA H100 80GB HBM3", (9, 0))
+OTHER_GPUS = [
+    requirements.Gpu("Tesla T4", (7, 5)),
+    requirements.Gpu("NVIDIA A100-SXM4-80GB", (8, 0)),
+    requirements.Gpu("NVIDIA B200", (10, 0)),
+    requirements.Gpu("AMD Instinct MI300X", (9, 4), rocm=True),
+    requirements.Gpu("AMD Instinct MI200", (9, 0), rocm=True),
+]
+
+
+def _put_in(monkeypatch: pytest.MonkeyPatch, *gpus: requirements.Gpu) -> None:
+    """Let PyTorch find these GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.version, "hip", "6.3" if any(gpu.rocm for gpu in gpus) else None)
+
+    def properties(index: int | None = None) -> Any:
+        name, (major, minor) = gpus[index or 0].name, gpus[index or 0].capability
+        return types.SimpleNamespace(name=name, major=major, minor=minor)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+
+
+@pytest.mark.parametrize("gpu", OTHER_GPUS, ids=lambda gpu: gpu.name)
+def test_other_gpus_are_refused_by_name(gpu: requirements.Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put_in(monkeypatch, gpu)
+    with pytest.raises(ValueError, match="GPUs other than NVIDIA's Hopper") as error:
+        ServerArgs(model_path=DUMMY, enable_llm42=True, device="cuda")
+    assert f"this is {gpu}." in str(error.value) and gpu.name in str(gpu)
+    ServerArgs(model_path=DUMMY, device="cuda")
+    ServerArgs(model_path=DUMMY, enable_llm42=True, device="cpu")
+
+
+def test_hopper_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    _put_in(monkeypatch, HOPPER)
+    assert ServerArgs(model_path=DUMMY, enable_llm42=True, device="cuda").enable_llm42
+
+
+def test_the_first_gpu_of_the_server_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    _put_in(monkeypatch, OTHER_GPUS[0], HOPPER)
+    ServerArgs(model_path=DUMMY, enable_llm42=True, device="cuda", base_gpu_id=1)
+    with pytest.raises(ValueError, match="Tesla T4"):
+        ServerArgs(model_path=DUMMY, enable_llm42=True, device="cuda")
+
+
+def test_a_machine_without_gpus_may_start_a_server_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    _put_in(monkeypatch)
+    ServerArgs(model_path=DUMMY, enable_llm42=True, device="cuda")
+
+
+def test_a_rank_looks_at_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    _put_in(monkeypatch, OTHER_GPUS[1])
+    with pytest.raises(NotImplementedError, match=r"GPUs other than NVIDIA's Hopper.*this is NVIDIA A100"):
+        attention.canonical_attention_factory(types.SimpleNamespace(device="cuda"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("dtype", "works"),
     [
         *((dtype, True) for dtype in ("auto", "bf16", "bfloat16")),
@@ -283,7 +348,7 @@ def test_bfloat16_kv_needs_a_model_in_bfloat16(
         assert f"--kv-cache-dtype {kv_cache_dtype} and a model in {dtype}".replace("torch.", "") in reason
 
 
-def test_kv_precision_that_no_flag_shows_is_refused_by_the_attention() -> None:
+def test_kv_precision_that_no_flag_shows_is_refused_by_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint can ask for fp8 where ``--kv-cache-dtype`` is ``auto``."""
     runner = types.SimpleNamespace(
         device="cuda",
@@ -292,6 +357,7 @@ def test_kv_precision_that_no_flag_shows_is_refused_by_the_attention() -> None:
         token_to_kv_pool=None,
         req_to_token_pool=None,
     )
+    _put_in(monkeypatch, HOPPER)
     backend: Any = attention.canonical_attention_factory(runner)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"--enable-llm42 .*float8_e4m3fn.*the model's own precision"):
         backend(runner, 8, 64)

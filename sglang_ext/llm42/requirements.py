@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 MAX_WINDOW_SIZE = 1024
 
+#: Compute capability that FlashInfer compiles the kernel of canonical attention for: Hopper.
+GPU_CAPABILITY = (9, 0)
+
 #: Values of ``--kv-cache-dtype`` that can be the model's own precision.
 _BFLOAT16 = ("bf16", "bfloat16")
 
@@ -42,7 +45,31 @@ class Unsupported:
     reason: str
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, as far as canonical attention depends on it.
+
+    Attributes:
+        name: as its driver gives it.
+        capability: compute capability, (major, minor).
+        rocm: made by AMD. PyTorch gives such a GPU a capability, too, which means something else.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    rocm: bool = False
+
+    def __str__(self) -> str:
+        major, minor = self.capability
+        return f"{self.name} (by AMD)" if self.rocm else f"{self.name} (compute capability {major}.{minor})"
+
+
 FLAGS: tuple[Unsupported, ...] = (
+    Unsupported(
+        "--device other than cpu or cuda",
+        lambda args: args.device and args.device.partition(":")[0] not in ("cpu", "cuda"),
+        "only these two have a row-invariant attention",
+    ),
     Unsupported(
         "--speculative-algorithm",
         lambda args: args.speculative_algorithm,
@@ -208,6 +235,15 @@ MODELS: tuple[Unsupported, ...] = (
     ),
 )
 
+GPUS: tuple[Unsupported, ...] = (
+    Unsupported(
+        "GPUs other than NVIDIA's Hopper",
+        lambda gpu: gpu.rocm or gpu.capability != GPU_CAPABILITY,
+        "canonical attention is FlashInfer's fa3 kernel, compiled for compute capability 9.0 alone, and fa2, "
+        "which runs elsewhere, is not row-invariant",
+    ),
+)
+
 
 def nonsense(args: ServerArgs) -> list[str]:
     """One sentence for each flag of ours whose value makes no sense."""
@@ -258,7 +294,20 @@ def unsupported(args: ServerArgs) -> list[str]:
     preferred = args.preferred_sampling_params
     if isinstance(preferred, dict) and "is_deterministic" in preferred:
         found.append("--preferred-sampling-params cannot hold is_deterministic: use --llm42-mark-all.")
-    return found
+    return found + _unsupported_first_gpu(args)
+
+
+def _unsupported_first_gpu(args: ServerArgs) -> list[str]:
+    """Other GPUs, and those of other nodes, are looked at by the ranks on them."""
+    from sglang_ext.llm42 import attention
+
+    gpu = attention.gpu(args.base_gpu_id) if args.device == "cuda" else None
+    return [] if gpu is None else unsupported_gpu(gpu)
+
+
+def unsupported_gpu(gpu: Gpu) -> list[str]:
+    """One sentence, which names the GPU, for each reason why ``--enable-llm42`` cannot use it yet."""
+    return [f"{_sentence(row)[:-1]}; this is {gpu}." for row in GPUS if row.applies(gpu)]
 
 
 def unsupported_model(args: ServerArgs) -> list[str]:
