@@ -109,6 +109,23 @@ async def post(
         return answer.status, await answer.read(), answer.headers.get(REPLICA)
 
 
+async def never(request: web.Request) -> web.Response:
+    """An answer that does not come."""
+    await asyncio.Event().wait()
+    return web.Response()
+
+
+async def until(condition: Callable[[], Any], timeout: float = 5) -> None:
+    """Wait for a condition.
+
+    Raises:
+        TimeoutError: it was not there in time.
+    """
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
 def streaming(*pieces: bytes, cut: bool = False) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def stream(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

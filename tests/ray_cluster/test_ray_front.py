@@ -19,7 +19,7 @@ import pytest
 import requests
 from aiohttp import ClientError, web
 from aiohttp.test_utils import TestServer
-from front_setup import BODY, Backend, application, finish, post, setup, streaming
+from front_setup import BODY, Backend, application, finish, never, post, setup, streaming, until
 from multidict import CIMultiDict
 
 from sglang_ext.ray import front as fronts
@@ -124,13 +124,9 @@ def test_a_replica_that_falls_silent_is_lost_with_its_requests(monkeypatch: pyte
     monkeypatch.setattr(fronts, "LOOK_EVERY_S", 0.05)
     monkeypatch.setattr(front_replica, "LOOK_TIMEOUT_S", 0.2)
 
-    async def hang(request: web.Request) -> web.Response:
-        await asyncio.sleep(60)
-        return web.Response()
-
     async def check() -> None:
         async with setup(2, ROUND_ROBIN) as (front, backends, _, address, client):
-            backends[0].answer, backends[0].alive = hang, False
+            backends[0].answer, backends[0].alive = never, False
             answers = await asyncio.wait_for(asyncio.gather(*[post(address, client) for _ in range(4)]), 20)
             assert {answer[0::2] for answer in answers} == {(200, "1")}
             assert len(backends[0].seen) == 2 and not front.replicas[0].up
@@ -169,20 +165,12 @@ def test_a_stream_passes_as_it_comes_and_a_cut_one_is_seen_to_be_cut() -> None:
 
 
 def test_a_client_that_leaves_ends_its_request_at_the_replica() -> None:
-    async def hang(request: web.Request) -> web.Response:
-        await asyncio.sleep(60)
-        return web.Response()
-
     async def check() -> None:
         async with setup(1) as (front, (backend,), _, address, client):
-            backend.answer = hang
+            backend.answer = never
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(post(address, client), 0.5)
-            for _ in range(100):
-                if backend.left and not front.replicas[0].in_flight:
-                    return
-                await asyncio.sleep(0.05)
-            raise AssertionError("the replica still works on it")
+            await until(lambda: backend.left and not front.replicas[0].in_flight)
 
     finish(check())
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import gzip
 import resource
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
 from aiohttp import web
-from front_setup import BODY, Address, finish, post, setup, streaming
+from front_setup import BODY, Address, finish, never, post, setup, streaming, until
 
 from sglang_ext.ray import front as fronts
 from sglang_ext.ray import front_connections, front_replica
@@ -49,17 +49,6 @@ async def _client(address: Address) -> AsyncIterator[Client]:
         yield Client(reader, writer)
     finally:
         writer.close()
-
-
-async def _until(condition: Callable[[], Any], timeout: float = 5) -> None:
-    async with asyncio.timeout(timeout):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
-async def _never(request: web.Request) -> web.Response:
-    await asyncio.Event().wait()
-    return web.Response()
 
 
 # Connections
@@ -160,7 +149,7 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut(monkeypatch: pytest.Mo
             async with _client(address) as client:
                 client.writer.transport.pause_reading()  # type: ignore[attr-defined]
                 await client.send(WHOLE)
-                await _until(lambda: backend.left and not front.replicas[0].in_flight, 20)
+                await until(lambda: backend.left and not front.replicas[0].in_flight, 20)
                 assert 0 < sent < 64 * 2**20
 
     finish(check())
@@ -338,7 +327,7 @@ def test_a_replica_that_was_lost_while_another_was_tried_is_not_tried() -> None:
                 front.replicas[1].leave_out("does not answer")
                 return web.Response(status=503)
 
-            backends[0].answer, backends[1].answer = unavailable, _never
+            backends[0].answer, backends[1].answer = unavailable, never
             assert (await asyncio.wait_for(post(address, client), 5))[0] == 503
             assert len(backends[0].seen) == 1 and not backends[1].seen
 
@@ -372,7 +361,7 @@ def test_statistics_do_not_wait_for_a_replica_that_gives_none(monkeypatch: pytes
 
     async def check() -> None:
         async with setup(2) as (_, backends, _, address, client):
-            backends[0].answer, backends[1].answer = _never, statistics
+            backends[0].answer, backends[1].answer = never, statistics
             async with client.get(address.make_url("/llm42_stats")) as answer:
                 assert (answer.status, await answer.json()) == (200, {"replica_1": {"dp_0": {}}})
 
@@ -412,7 +401,7 @@ def test_a_client_that_leaves_its_stream_is_no_fault_of_the_replica(
             async with _client(address) as client:
                 await client.send(WHOLE)
                 assert await client.rest() == b""
-            await _until(lambda: not any(replica.in_flight for replica in front.replicas))
+            await until(lambda: not any(replica.in_flight for replica in front.replicas))
             assert sum(len(backend.seen) for backend in backends) == 1
 
     finish(check())
