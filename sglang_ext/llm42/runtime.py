@@ -100,8 +100,8 @@ class Runtime:
         lane = deterministic.lane_of(req)
         if lane is None or lane.in_flight == 0:
             return
-        for results in self.verification.under_way:
-            self._slot_guard.freeing(results)
+        if (under_way := self.verification.under_way) is not None:
+            self._slot_guard.freeing(under_way)
 
     def joined(self, slots: int) -> None:
         """Marked requests were given ``slots`` slots and joined the running batch."""
@@ -139,12 +139,12 @@ class Runtime:
     # One decode step
 
     def begin_step(self, reqs: Sequence[Req]) -> DecodeStep:
-        """Apply the passes that are done and give every row of the batch its position."""
+        """Apply the pass that is done and give every row of the batch its position."""
         self._step_number += 1
         self.verification.apply_ended()
         step = DecodeStep(list(reqs), [0] * len(reqs), [], [])
         hold = self._decide_hold(reqs)
-        if self.verification.under_way and (hold or not self._any_decodes(reqs)):
+        if self.verification.under_way is not None and (hold or not self._any_decodes(reqs)):
             # There is nothing to do beside the pass.
             self.verification.apply_launched()
         for row, req in enumerate(reqs):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -69,12 +68,12 @@ class Verification:
         self._stream = stream
         self._table = table
         self._statistics = statistics
-        self._launched: deque[LaunchedPass] = deque()
+        self._launched: LaunchedPass | None = None
 
     @property
-    def under_way(self) -> list[Results]:
-        """Results of passes that were launched and not applied."""
-        return [launched.results for launched in self._launched]
+    def under_way(self) -> Results | None:
+        """Results of the pass that was launched and not applied, if there is one."""
+        return None if self._launched is None else self._launched.results
 
     def allow_sizes(self, sizes: Iterable[int]) -> None:
         """Let smaller passes of ``sizes`` segments run, and no others; see :meth:`PassSizes.allow`."""
@@ -90,7 +89,7 @@ class Verification:
             can_decode: whether the step decodes, too.
         """
         live = [lane for lane, req in requests.items() if not req.finished()]
-        if self._launched:
+        if self._launched is not None:
             self.policy.update_due(live, step)
             return
         segments = self.policy.plan(live, step, can_decode)
@@ -99,7 +98,7 @@ class Verification:
         owned = [(segment, requests[segment.request]) for segment in segments]
         with self._stream.launching():
             logits = self.passes.run([self._pass_segment(*item) for item in owned], self._table)
-            self._launched.append(self._judge(owned, logits))
+            self._launched = self._judge(owned, logits)
         rows = self.policy.size_for(len(segments)) * self.policy.config.window_size
         self._statistics.count_pass(segments, rows)
 
@@ -144,19 +143,20 @@ class Verification:
         return LaunchedPass(owned, offsets, results, output_logits, prompt_logits)
 
     def apply_ended(self) -> None:
-        """Apply passes that have ended; those in front of decode always: ranks must not ask their clocks."""
-        if not self._stream.beside or all(results.ready() for results in self.under_way):
+        """Apply the pass if it has ended; one in front of decode always: ranks must not ask their clocks."""
+        if self.under_way is not None and (not self._stream.beside or self.under_way.ready()):
             self.apply_launched()
 
     def apply_launched(self) -> None:
-        """Apply the passes under way; the host waits for those that have not ended."""
-        while self._launched:
-            self._apply(self._launched.popleft())
+        """Apply the pass under way, if there is one; the host waits until it has ended."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            self._apply(launched)
 
     def wait(self) -> None:
         """Return when no pass is under way on the device; its result is applied later."""
-        for results in self.under_way:
-            results.read()
+        if self.under_way is not None:
+            self.under_way.read()
 
     def _apply(self, launched: LaunchedPass) -> None:
         judged, candidates = launched.results.read()
