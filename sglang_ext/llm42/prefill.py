@@ -9,6 +9,7 @@ into turns of one kind and of the other.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sglang_ext.llm42 import request as deterministic
@@ -16,7 +17,7 @@ from sglang_ext.llm42 import weight_updates
 from sglang_ext.llm42.runtime import empty_result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sglang.srt.managers.schedule_batch import ScheduleBatch
 
@@ -27,9 +28,20 @@ def get_new_batch_prefill(original: Callable[..., Any], scheduler: Any, running_
     plan = weight_updates.plan_prefill(original, scheduler, running_batch)
     # Whom this call preempted must not return before the result of its last step has been processed.
     if _join(scheduler, plan) and not any(req.is_retracted for req in scheduler.waiting_queue):
-        plan = weight_updates.plan_prefill(original, scheduler, plan.running_batch)
+        with _without_grammars(scheduler.grammar_manager):
+            plan = weight_updates.plan_prefill(original, scheduler, plan.running_batch)
         _join(scheduler, plan)  # more of them, if a limit on one batch kept them out of the first
     return plan
+
+
+@contextmanager
+def _without_grammars(grammars: Any) -> Iterator[None]:
+    """Hide requests whose grammars are compiled: SGLang waits some milliseconds for them at each look."""
+    compiling, grammars.grammar_queue = grammars.grammar_queue, []
+    try:
+        yield
+    finally:
+        grammars.grammar_queue = compiling
 
 
 def _join(scheduler: Any, plan: Any) -> bool:

@@ -38,6 +38,7 @@ class _Scheduler:
     def __init__(self, *plans: _Batch) -> None:
         self.plans = list(plans)
         self.slots: list[int] = []
+        self.polled: list[list[Any]] = []
         self.relayed: list[tuple[list[int], list[int]]] = []
         self.reported: list[Any] = []
         self.llm42 = SimpleNamespace(joined=self.slots.append)
@@ -53,6 +54,7 @@ class _Scheduler:
         self.relayed.append((rows.tolist(), result.next_token_ids.tolist()))
 
     def plan(self, running_batch: _Batch) -> Any:
+        self.polled.append(list(self.grammar_manager.grammar_queue))
         batch = self.plans.pop(0) if self.plans else None
         return SimpleNamespace(batch_to_run=batch, running_batch=running_batch)
 
@@ -91,6 +93,13 @@ def test_the_same_turn_computes_prompts_of_unmarked_requests() -> None:
     plan = _turn(_Scheduler(_Batch(_marked()), unmarked), running)
     assert plan.batch_to_run is unmarked and len(running.reqs) == 2
     assert unmarked.prefill_input_ids_cpu is not None
+
+
+def test_grammars_that_are_compiled_are_looked_at_once_a_turn() -> None:
+    scheduler = _Scheduler(_Batch(_marked()))
+    compiling = scheduler.grammar_manager.grammar_queue = [_unmarked()]
+    _turn(scheduler, _Batch(_unmarked()))
+    assert scheduler.polled == [compiling, []] and scheduler.grammar_manager.grammar_queue is compiling
 
 
 def test_a_request_that_was_preempted_does_not_return_in_the_same_turn() -> None:
