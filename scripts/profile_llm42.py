@@ -181,6 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--after", type=float, default=4.0, help="seconds of load before the recording")
     parser.add_argument("--steps", type=int, default=100, help="steps of the scheduler to record")
     parser.add_argument("--output", type=Path, help="file for the report")
+    parser.add_argument("--traces", type=Path, help="folder for SGLang's traces (default: not kept)")
     mine, rest = parser.parse_known_args(argv)
     arguments = bench.parse(rest)
     for name, value in vars(mine).items():
@@ -202,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             servers = bench.start(stack, list(dict.fromkeys(c.system for c in contenders)), flags, arguments)
             for contender in contenders:
-                traces = folder / contender.name
-                traces.mkdir()
+                traces = (arguments.traces or folder).resolve() / contender.name
+                traces.mkdir(parents=True)
                 found = record(servers[contender.system], contender.percent, arguments, traces)
                 parts.append(f"## {contender.name}\n\n{summary(found, arguments.steps)}\n")
                 say(parts[-1])
