@@ -186,6 +186,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = bench.parse(rest)
     for name, value in vars(mine).items():
         setattr(arguments, name, value)
+    if mine.traces and mine.traces.exists() and (not mine.traces.is_dir() or any(mine.traces.iterdir())):
+        parser.error(f"--traces {mine.traces}: an empty folder, or one to be made, is needed")
     if unknown := set(mine.contenders.split(",")) - set(bench.CONTENDERS):
         parser.error(f"--contenders: {sorted(unknown)} unknown; choose from {list(bench.CONTENDERS)}")
     return arguments
@@ -198,12 +200,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts: list[str] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        kept = (arguments.traces or folder).resolve()  # the server writes there, from a folder of its own
         flags = bench.common_flags(arguments, folder)
         contenders = [bench.CONTENDERS[name] for name in arguments.contenders.split(",")]
         try:
             servers = bench.start(stack, list(dict.fromkeys(c.system for c in contenders)), flags, arguments)
             for contender in contenders:
-                traces = (arguments.traces or folder).resolve() / contender.name
+                traces = kept / contender.name
                 traces.mkdir(parents=True)
                 found = record(servers[contender.system], contender.percent, arguments, traces)
                 parts.append(f"## {contender.name}\n\n{summary(found, arguments.steps)}\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import profile_llm42
 import pytest
 from profile_llm42 import Kernel, gaps, kernels, length, summary, union
@@ -71,3 +73,17 @@ def test_unknown_contenders_are_refused(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         profile_llm42.parse(["--contenders", "nobody"])
     assert "nobody" in capsys.readouterr().err
+
+
+def test_traces_do_not_mix_with_files_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh, full = tmp_path / "fresh", tmp_path / "full"
+    full.mkdir()
+    assert profile_llm42.parse(["--traces", str(fresh)]).traces == fresh
+    assert profile_llm42.parse(["--traces", str(full)]).traces == full
+    (full / "old.trace.json.gz").touch()
+    for path in (full, full / "old.trace.json.gz"):
+        with pytest.raises(SystemExit):
+            profile_llm42.parse(["--traces", str(path)])
+        assert f"--traces {path}: an empty folder" in capsys.readouterr().err
