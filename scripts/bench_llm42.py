@@ -529,6 +529,7 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequ
         if arguments.device != "cpu"
         else "the demo model (SmolLM2-135M-Instruct)"
     )
+    options = serving.without_files(sys.argv[1:], ("--state", "--output", "--wait-for"))
     lines = [
         "# LLM-42: throughput against stock SGLang",
         "",
@@ -536,7 +537,7 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequ
         "every cell. All servers are up together and take turns; a ratio is of one round. "
         f"W = {arguments.window}, G = {arguments.group}; {arguments.requests} requests per cell.",
         "",
-        f"    {shlex.join(['python', *sys.argv])}",
+        f"    {shlex.join(['python', 'scripts/bench_llm42.py', *options])}",
         "",
         f"Servers: `{shlex.join(_without_paths(flags))}`",
         "",

@@ -427,13 +427,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def command_line(argv: Sequence[str]) -> str:
     """The command that gives this report, without the option that says where it goes."""
-    words = iter(argv)
-    kept = []
-    for word in words:
-        if word == "--output":
-            next(words, None)
-        elif not word.startswith("--output="):
-            kept.append(word)
+    kept = serving.without_files(argv, ("--output",))
     return shlex.join(["python", "scripts/bench_llm42_cpu.py", *kept])
 
 

@@ -245,6 +245,7 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, notes: Sequ
             for name in names
         ]
         rows.append((load.name, rounds, *cells))
+    options = serving.without_files(sys.argv[1:], ("--state", "--output"))
     lines = [
         f"# TokenWeave in SGLang: {arguments.model}, TP {arguments.tp_size}",
         "",
@@ -252,7 +253,7 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, notes: Sequ
         "client sees it; the other loads are sent at once. Each cell: median time, and stock's time over it "
         "(above 1 is faster than stock). All servers are up together and take turns.",
         "",
-        f"    {shlex.join(['python', *sys.argv])}",
+        f"    {shlex.join(['python', 'scripts/bench_tokenweave_serving.py', *options])}",
         "",
         serving.table(("load", "rounds", *names), rows),
         "",

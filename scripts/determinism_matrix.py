@@ -623,13 +623,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def command_line(argv: Sequence[str]) -> str:
     """The command that gives this report: without the options that only say where files are."""
-    kept: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in ("--state", "--report"):
-            next(words, None)
-        elif word != "--report-only" and not word.startswith(("--state=", "--report=")):
-            kept.append(word)
+    kept = serving.without_files(argv, ("--state", "--report"), ("--report-only",))
     return shlex.join(["python", "scripts/determinism_matrix.py", *kept])
 
 

@@ -366,6 +366,24 @@ def _cpu_model() -> str:
     return name
 
 
+def without_files(argv: Sequence[str], options: Sequence[str], switches: Sequence[str] = ()) -> list[str]:
+    """A command line for a report: without what only says where files are on the machine that wrote it.
+
+    Args:
+        argv: the words behind the program's name.
+        options: names of options to leave out, each with its value; ``--name value`` and ``--name=value``.
+        switches: names of options without a value to leave out.
+    """
+    kept: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in options:
+            next(words, None)
+        elif word not in switches and word.partition("=")[0] not in options:
+            kept.append(word)
+    return kept
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

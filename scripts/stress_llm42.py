@@ -509,14 +509,7 @@ def main() -> int:
 
 def _options(argv: Sequence[str]) -> list[str]:
     """The command line without the options that only say where files are."""
-    kept: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if word in ("--state", "--report"):
-            next(words, None)
-        elif not word.startswith(("--state=", "--report=")):
-            kept.append(word)
-    return kept
+    return serving.without_files(argv, ("--state", "--report"))
 
 
 def verdict(state: State) -> int:

@@ -134,3 +134,10 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.parse(["--online-contenders", "stock,nobody"])
     assert "--online-contenders: ['nobody'] unknown" in capsys.readouterr().err
+
+
+def test_report_names_its_command_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["/a/bench.py", "--rounds", "1", "--state", "/a/s", "--wait-for=/a/w", "--output", "/a/o"]
+    monkeypatch.setattr("sys.argv", words)
+    text = bench.report([_result("1k-256", "stock", 0, 1.0, ["x"])], bench.parse([]), [])
+    assert "    python scripts/bench_llm42.py --rounds 1\n" in text

@@ -17,6 +17,13 @@ def _arguments(tmp_path: Path, *more: str) -> Any:
     return bench.parse(["--tp-size", "4", "--rounds", "2", "--throughput-rounds", "0", *paths, *more])
 
 
+def test_report_names_its_command_without_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["/a/bench.py", "--tp-size", "4", "--state=/a/s", "--output", "/a/o", "--layers", "20"]
+    monkeypatch.setattr("sys.argv", words)
+    text = bench.report([Result("stock", "prefill-1024", 0, 0.1)], _arguments(tmp_path), [])
+    assert "    python scripts/bench_tokenweave_serving.py --tp-size 4 --layers 20\n" in text
+
+
 def test_report_gives_ratios_of_medians_to_stock(tmp_path: Path) -> None:
     times = {"stock": (0.2, 0.4, 0.3), "woven": (0.1, 0.2, 0.9)}
     results = [
