@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import os
 import sys
@@ -93,6 +94,14 @@ def decode_step(runner: Any, batch_size: int, length: int) -> Launch:
     return lambda: runner.forward(forward_batch)
 
 
+@functools.cache
+def green_context(sms: int) -> Any:
+    """The context of ``sms`` multiprocessors; kept, because its streams and graphs end with it."""
+    from torch.cuda.green_contexts import GreenContext
+
+    return GreenContext.create(sms, 0)
+
+
 def canonical_pass(
     runner: Any, rows: int, segments: int, length: int, sms: int
 ) -> tuple[Launch, Launch, Any]:
@@ -102,11 +111,7 @@ def canonical_pass(
     from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment
     from sglang_ext.llm42.lane import SegmentKind
 
-    stream = torch.cuda.Stream()
-    if sms:
-        from torch.cuda.green_contexts import GreenContext
-
-        stream = GreenContext.create(sms, 0).Stream()
+    stream = green_context(sms).Stream() if sms else torch.cuda.Stream()
     eager = CanonicalPass(runner, segments, rows, canonical_attention_factory(runner))
     captured = CapturedCanonicalPass(eager, stream)
     candidates = CandidateTable(runner.req_to_token_pool.req_to_token.shape[0], 4096, runner.device)

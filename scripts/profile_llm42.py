@@ -211,11 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = record(servers[contender.system], contender.percent, arguments, traces)
                 parts.append(f"## {contender.name}\n\n{summary(found, arguments.steps)}\n")
                 say(parts[-1])
+                if arguments.output:  # after each, so that an early end leaves whole ones behind
+                    arguments.output.write_text("\n".join(parts))
         except (ServingError, ValueError, requests.RequestException, OSError) as error:
             say(f"error: {error}")
             return 2
-    if arguments.output:
-        arguments.output.write_text("\n".join(parts))
     return 0
 
 
