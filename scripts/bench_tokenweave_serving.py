@@ -6,7 +6,7 @@ Contenders, all up at the same time on the same GPUs and taking turns, so that r
 
     stock             SGLang with its defaults: its all-reduces, FlashInfer's fusion, CUDA graphs
     fused             --enable-tokenweave --tokenweave-split never: the fused step, no batch is cut
-    woven             --enable-tokenweave, with a tuning table made on these GPUs
+    woven             --enable-tokenweave, with a tuning table made on these GPUs, after it has learned
     no-communication  stock without all-reduces (scripts/no_communication): nonsense output, the bound
 
 The models have random weights and few layers, so that four of each fit. Results are kept in a state file; an
@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ import requests
 import serving
 import state_file
 from serving import Server, ServingError, say
+
+from sglang_ext.tokenweave.trials import ORDER
 
 NO_COMMUNICATION = Path(__file__).parent / "no_communication"
 
@@ -187,9 +190,12 @@ def measure(
     began = time.monotonic()
     prefills = [load for load in PREFILLS if load.prompt <= arguments.longest]
     for name, server in servers.items():
-        for load in (*prefills, Load("warm-up", 16, 256, 16)):
+        # A server that cuts batches tries both ways on the first ones of each size.
+        times = len(ORDER) + 1 if name == "woven" else 1
+        for load, number in product((*prefills, Load("warm-up", 16, 256, 16)), range(times)):
             if name not in lost:
-                _attempt(lost, name, lambda s=server, x=load: run(s, x, 1))  # type: ignore[misc]
+                seed = zlib.crc32(f"warm-up {load.name} {number}".encode())
+                _attempt(lost, name, lambda s=server, x=load, n=seed: run(s, x, n))  # type: ignore[misc]
     plan = [(load, number) for load in prefills for number in range(arguments.rounds)]
     plan += [(load, number) for load in THROUGHPUTS for number in range(arguments.throughput_rounds)]
     # By rounds, so that an early end leaves whole rounds behind.
@@ -379,7 +385,7 @@ def tokenweave_lines(server: Server) -> list[str]:
         for line in server.log.read_text(errors="replace").splitlines()
         if "TokenWeave" in line and "server_args" not in line
     ]
-    return list(dict.fromkeys(line[:300] for line in lines))[:8]
+    return list(dict.fromkeys(line[:300] for line in lines))[:20]
 
 
 if __name__ == "__main__":

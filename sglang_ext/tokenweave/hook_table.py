@@ -18,6 +18,12 @@ HOOKS: tuple[Hook, ...] = (
         "the decoder stack is wrapped once the model exists",
     ),
     _row(
+        "model_executor.model_runner.ModelRunner.forward",
+        Kind.AROUND,
+        "around_forward",
+        "the first prefill batches of each size are timed, in halves and whole",
+    ),
+    _row(
         "model_executor.model_runner.build_attention_backends",
         Kind.AROUND,
         "around_build_attention_backends",

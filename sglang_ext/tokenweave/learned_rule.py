@@ -1,9 +1,11 @@
-"""The split rule of a server, which learns how long the host takes to launch a layer in halves.
+"""The split rule of a server, which learns from its first batches where halves are faster.
 
 Halves are launched kernel by kernel, while an uncut batch usually is one CUDA graph. Where the host is slower
 than the GPU, a cut loses, whatever the GPU would gain. How slow the host is depends on the machine and on
 what else runs there, so the first batches are cut where the GPU alone would gain, their launches are timed,
 and from then on the rule reckons with the host. Not to cut before it has learned would be never to learn.
+
+What is still predicted to win is tried: see :mod:`sglang_ext.tokenweave.trials`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from sglang_ext.tokenweave.split import Decision, SplitRule
+from sglang_ext.tokenweave.trials import Clock, Trials
 
 logger = logging.getLogger(__name__)
 
@@ -41,27 +45,30 @@ def layer_us(launched: Sequence[float]) -> float | None:
 
 
 class LearnedRule:
-    """Chooses cuts by a :class:`SplitRule`; calls with equal tokens give equal answers until it has learned.
+    """Chooses cuts by a :class:`SplitRule` and by trial; between two batches equal calls give equal answers.
 
     Args:
         rule: with compute and communication times; its host time is replaced.
         agree: the largest of all ranks' values, a collective. Every rank observes the same batches, so all
             call it at the same point, and all cut alike afterwards.
+        clock: of the device.
     """
 
-    def __init__(self, rule: SplitRule, agree: Callable[[float], float]) -> None:
+    def __init__(self, rule: SplitRule, agree: Callable[[float], float], clock: Clock) -> None:
         self.rule = replace(rule, host_us=0.0)
         self._agree = agree
         self._seen: list[float] = []
         self._known: dict[int, Decision] = {}
+        self._trials = Trials(clock, agree, rule.margin)
 
     def __call__(self, tokens: int) -> Decision:
         """The cut for a batch of ``tokens``."""
-        if tokens not in self._known:
-            self._known[tokens] = self.rule.decide(tokens)
-        return self._known[tokens]
+        predicted = self._predicted(tokens)
+        if predicted.cut is None or self._trials.halves(tokens):
+            return predicted
+        return replace(predicted, cut=None, reason=f"{tokens} tokens run whole, by trial or for one")
 
-    def observe(self, launched: Sequence[float]) -> None:
+    def observe_launches(self, launched: Sequence[float]) -> None:
         """A batch in halves was launched, its fused steps at these seconds; alike on every rank."""
         if len(self._seen) == BATCHES:
             return
@@ -72,3 +79,24 @@ class LearnedRule:
         logger.info("TokenWeave: the host takes %.0f us to launch a layer in two halves", host_us)
         self.rule = replace(self.rule, host_us=host_us)
         self._known.clear()
+
+    def mark(self, tokens: int) -> Any:
+        """The device's present, if a batch of ``tokens`` is a trial, else None."""
+        if self._predicted(tokens).cut is None or self._trials.settled(tokens):
+            return None
+        return self._trials.clock.mark()
+
+    def observe_batch(self, tokens: int, in_halves: bool, begin: Any) -> str | None:
+        """A batch was launched that was a trial when it began at ``begin``; alike on every rank.
+
+        Returns:
+            What was learned, for the log, if something was.
+        """
+        if self._predicted(tokens).cut is None:
+            return None
+        return self._trials.add(tokens, in_halves, begin, self._trials.clock.mark(), self.rule.whole_us)
+
+    def _predicted(self, tokens: int) -> Decision:
+        if tokens not in self._known:
+            self._known[tokens] = self.rule.decide(tokens)
+        return self._known[tokens]

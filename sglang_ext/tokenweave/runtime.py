@@ -17,6 +17,7 @@ from sglang_ext.tokenweave.communicator import CollectiveCommunicator, Communica
 from sglang_ext.tokenweave.config import TokenWeaveConfig
 from sglang_ext.tokenweave.learned_rule import LearnedRule
 from sglang_ext.tokenweave.split import GRANULARITY, CommModel, Decision, Gpu, SplitRule, WaveModel
+from sglang_ext.tokenweave.trials import DeviceClock
 from sglang_ext.tokenweave.tune import is_mixture_of_experts, layer_of_config
 from sglang_ext.tokenweave.weaver import Weaver
 
@@ -85,7 +86,21 @@ class Runtime:
         output = self.weaver.run_halves(cut, tokens, calls)
         by_rule = not isinstance(attention, HalvedAttention)  # canonical passes are cut by none
         if by_rule and isinstance(self.weaver.decide, LearnedRule) and not _captures_graph():
-            self.weaver.decide.observe(self.weaver.launched)
+            self.weaver.decide.observe_launches(self.weaver.launched)
+        return output
+
+    def timed(self, batch: Any, forward: Callable[[], Any]) -> Any:
+        """One forward pass of the model (``forward``), from whose time the rule learns."""
+        rule = self.weaver.decide
+        if not isinstance(rule, LearnedRule) or not _is_plain_extend(batch.forward_mode) or _captures_graph():
+            return forward()
+        tokens = len(batch.input_ids)
+        begin, woven = rule.mark(tokens) if tokens else None, self.weaver.statistics.woven
+        output = forward()
+        if begin is not None:
+            learned = rule.observe_batch(tokens, self.weaver.statistics.woven > woven, begin)
+            if learned and self.weaver.rank == 0:
+                logger.info("TokenWeave: %s", learned)
         return output
 
     def _halves(
@@ -396,7 +411,7 @@ def _rule(
         )
     if coordinator.rank_in_group == 0:
         logger.info("TokenWeave cuts batches by the %s, from %d tokens, path %s", basis, minimum, path.value)
-    return LearnedRule(rule, lambda value: _largest(value, coordinator.cpu_group))
+    return LearnedRule(rule, lambda value: _largest(value, coordinator.cpu_group), DeviceClock())
 
 
 def _largest(value: float, group: Any) -> float:

@@ -39,6 +39,20 @@ def wrap_decoder_stack(model: torch.nn.Module, started: runtime.Runtime) -> None
     stack.forward = forward
 
 
+def around_forward(
+    original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """AROUND ``ModelRunner.forward``: the rule that chooses cuts learns from its time."""
+    started = runtime.current()
+
+    def forward() -> Any:
+        return original(model_runner, forward_batch, *args, **kwargs)
+
+    if started is None or model_runner.is_draft_worker:
+        return forward()
+    return started.timed(forward_batch, forward)
+
+
 def around_build_attention_backends(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """AROUND ``build_attention_backends``: two more backends, so that each half has plans of its own."""
     backends = original(*args, **kwargs)

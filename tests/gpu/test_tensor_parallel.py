@@ -17,6 +17,9 @@ pytestmark = [pytest.mark.multigpu, pytest.mark.engine]
 
 PROMPTS = (700, 1023, 1600)
 
+#: Tokens of the first half of every batch.
+CUT = 333
+
 #: The largest power of two of this machine's GPUs, at most 4.
 WORLD = 4 if torch.cuda.device_count() >= 4 else 2
 
@@ -91,9 +94,12 @@ def _prompt_logprobs(engine: Any) -> list[list[float]]:
 def test_tokenweave_computes_what_stock_computes(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with _engine(model) as engine:
         stock = _prompt_logprobs(engine)
+    # What rounding alone does: attention over the same prompts in pieces of the same size.
+    with _engine(model, chunked_prefill_size=CUT) as engine:
+        pieces = _prompt_logprobs(engine)
     capfd.readouterr()
     # A cut inside of prompts, in different places of each.
-    flags = {"tokenweave_split": "333", "tokenweave_min_tokens": 512, "tokenweave_path": "peer"}
+    flags = {"tokenweave_split": str(CUT), "tokenweave_min_tokens": 512, "tokenweave_path": "peer"}
     with _engine(model, enable_tokenweave=True, log_level="info", **flags) as engine:
         woven = _prompt_logprobs(engine)
     said = "".join(capfd.readouterr())
@@ -101,12 +107,16 @@ def test_tokenweave_computes_what_stock_computes(model: Path, capfd: pytest.Capt
     assert "first batch run as two halves" in said
     assert "TokenWeave is off" not in said and "does not cut" not in said
     assert [len(row) for row in woven] == [n - 1 for n in (*PROMPTS, *PROMPTS)]
-    # Stock's own batches differ by rounding; a row that went wrong differs by units.
-    apart = len(PROMPTS)
-    noise = max(_distance(*pair) for pair in zip(stock[:apart], stock[apart:], strict=True))
-    errors = [_distance(*pair) for pair in zip(woven, stock, strict=True)]
-    assert noise < 1 and max(errors) <= 4 * noise + 0.05, (noise, errors)
+    noise, errors = _distances(pieces, stock), _distances(woven, stock)
+    print(f"noise {noise}, errors {errors}")
+    # The model's logits have a standard deviation of about 20: a row that went wrong differs by that.
+    assert max(largest for largest, _ in noise) < 5
+    for which in (0, 1):
+        found, bound = (max(pair[which] for pair in pairs) for pairs in (errors, noise))
+        assert found <= 2 * bound + 0.02, (noise, errors)
 
 
-def _distance(mine: list[float], theirs: list[float]) -> float:
-    return float((torch.tensor(mine) - torch.tensor(theirs)).abs().max())
+def _distances(mine: list[list[float]], theirs: list[list[float]]) -> list[tuple[float, float]]:
+    """Largest and mean distance of each prompt's values."""
+    apart = [(torch.tensor(a) - torch.tensor(b)).abs() for a, b in zip(mine, theirs, strict=True)]
+    return [(float(each.max()), float(each.mean())) for each in apart]

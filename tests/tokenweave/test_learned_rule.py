@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from sglang_ext.tokenweave import learned_rule
 from sglang_ext.tokenweave.learned_rule import BATCHES, UNTIMED_US, LearnedRule, layer_us
 from sglang_ext.tokenweave.split import CommModel, MeasuredModel, SplitRule
+from sglang_ext.tokenweave.trials import ORDER
 
 #: A layer takes half a microsecond per token, and the fused step a quarter as long as its block.
 TOKENS = tuple(range(128, 16385, 128))
@@ -21,10 +23,34 @@ COMM = CommModel(latency_us=1.0, bytes_per_us=2 * HIDDEN / 0.1)
 
 def _rule(host_us: Sequence[float] = (), others: float = 0.0) -> LearnedRule:
     """A rule that has observed batches whose layers took the host ``host_us``."""
-    rule = LearnedRule(SplitRule(MODEL, MODEL, COMM, HIDDEN), lambda mine: max(mine, others))
+    split = SplitRule(MODEL, MODEL, COMM, HIDDEN)
+    rule = LearnedRule(split, lambda mine: max(mine, others), StoppedClock())
     for layer in host_us:
-        rule.observe(_launches(layer))
+        rule.observe_launches(_launches(layer))
     return rule
+
+
+class StoppedClock:
+    """Moved by :func:`_run`; an event is the time itself."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def mark(self) -> float:
+        return self.now
+
+    def between(self, begin: float, end: float) -> float:
+        return end - begin
+
+
+def _run(rule: LearnedRule, tokens: int, whole_ms: float, halves_ms: float) -> bool:
+    """A batch as a server runs it; whether it was cut."""
+    cut, begin = rule(tokens).cut is not None, rule.mark(tokens)
+    clock: Any = rule._trials.clock
+    clock.now += halves_ms if cut else whole_ms
+    if begin is not None:
+        rule.observe_batch(tokens, cut, begin)
+    return cut
 
 
 def _launches(layer: float, layers: int = 20) -> list[float]:
@@ -46,7 +72,7 @@ def test_afterwards_the_host_counts() -> None:
 def test_batches_too_small_to_be_timed_count_as_slow() -> None:
     rule = _rule()
     for _ in range(BATCHES):
-        rule.observe([1.0])
+        rule.observe_launches([1.0])
     assert rule.rule.host_us == UNTIMED_US
 
 
@@ -61,7 +87,7 @@ def test_the_fastest_batch_of_the_slowest_rank_counts() -> None:
 
 def test_it_learns_once() -> None:
     rule = _rule([300.0] * BATCHES)
-    rule.observe(_launches(90000.0))
+    rule.observe_launches(_launches(90000.0))
     assert rule.rule.host_us == pytest.approx(300, rel=1e-3)
 
 
@@ -78,3 +104,27 @@ def test_launches_behind_a_full_queue_are_not_counted() -> None:
     late = [early[-1] + 0.01 * i for i in range(1, 200)]
     assert layer_us(early + late) == pytest.approx(400, rel=1e-3)
     assert layer_us(early[:3]) is None
+
+
+def test_a_cut_that_is_seen_to_lose_is_made_no_more() -> None:
+    rule = _rule([300.0] * BATCHES)
+    tried = [_run(rule, 4096, whole_ms=100.0, halves_ms=99.0) for _ in ORDER]
+    assert tried == list(ORDER)
+    assert not any(_run(rule, 4096, 100.0, 50.0) for _ in range(5))
+    # Another size is another matter.
+    assert [_run(rule, 8192, whole_ms=200.0, halves_ms=190.0) for _ in ORDER] == list(ORDER)
+    assert all(_run(rule, 8192, 200.0, 500.0) for _ in range(5))
+
+
+def test_what_is_not_predicted_to_win_is_not_tried() -> None:
+    rule = _rule([20000.0] * BATCHES)
+    assert not any(_run(rule, 16384, whole_ms=100.0, halves_ms=50.0) for _ in range(20))
+    assert not any(_run(_rule(), 512, whole_ms=100.0, halves_ms=50.0) for _ in range(20))
+
+
+def test_a_settled_size_is_timed_no_more() -> None:
+    rule = _rule()
+    for _ in ORDER:
+        assert rule.mark(4096) is not None
+        _run(rule, 4096, 100.0, 90.0)
+    assert rule.mark(4096) is None and rule.mark(8192) is not None
