@@ -72,7 +72,7 @@ class ServerArgs(SGLangServerArgs):
     tokenweave_canonical_split: A[str, _OURS] = TokenWeaveConfig.canonical_split
     tokenweave_min_tokens: A[int | None, _OURS] = TokenWeaveConfig.min_tokens
     tokenweave_ctas: A[int, _OURS] = TokenWeaveConfig.ctas
-    tokenweave_fused_ctas: A[int, _OURS] = TokenWeaveConfig.fused_ctas
+    tokenweave_fused_ctas: A[int | None, _OURS] = TokenWeaveConfig.fused_ctas
     tokenweave_reserve: A[bool, _OURS] = TokenWeaveConfig.reserve
     tokenweave_path: A[str, _OURS] = TokenWeaveConfig.path
     tokenweave_barrier_timeout: A[float, _OURS] = TokenWeaveConfig.barrier_timeout
@@ -221,7 +221,8 @@ class ServerArgs(SGLangServerArgs):
             type=int,
             default=ServerArgs.tokenweave_fused_ctas,
             metavar="N",
-            help="Thread blocks of the fused kernel where nothing runs beside it (default: %(default)s).",
+            help="Thread blocks of the fused kernel where nothing runs beside it (default: measured at "
+            "start, as is where SGLang's own all-reduce and norm are faster).",
         )
         group.add_argument(
             "--tokenweave-reserve",

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from sglang_ext.tokenweave import collective, multiprocessors
+from sglang_ext.tokenweave.fused_sizes import DEFAULT_CTAS, FusedSizes
 from sglang_ext.tokenweave.kernel import AllReduceRmsNorm, RankBuffers
 
 
@@ -109,7 +110,7 @@ class KernelCommunicator:
         max_tokens: largest batch.
         group: process group for the rare gathers.
         ctas: thread blocks beside compute.
-        fused_ctas: thread blocks where nothing runs beside the kernel.
+        fused: thread blocks where nothing runs beside the kernel, by number of rows.
         timeout_s: bound of a barrier's wait.
         reserve: keep matrix products off the kernel's multiprocessors.
     """
@@ -120,7 +121,7 @@ class KernelCommunicator:
         max_tokens: int,
         group: dist.ProcessGroup | None,
         ctas: int,
-        fused_ctas: int,
+        fused: FusedSizes,
         timeout_s: float,
         reserve: bool = True,
     ) -> None:
@@ -130,7 +131,7 @@ class KernelCommunicator:
         self._max_tokens = max_tokens
         self._group = group
         self._ctas = ctas
-        self._fused_ctas = fused_ctas
+        self.fused = fused
         self._place = [0, 0]
         # High priority: the kernel's few blocks must not queue behind the tiles of a large product.
         self._stream = torch.cuda.Stream(buffers.hidden[0].device, priority=-1)
@@ -154,7 +155,7 @@ class KernelCommunicator:
                 [shard],
                 norm.weight,
                 norm.epsilon,
-                self._ctas if overlap else self._fused_ctas,
+                self._ctas if overlap else self.fused.at(rows.tokens) or DEFAULT_CTAS,
                 norm.weight_bias,
                 first_row=first,
             )

@@ -21,7 +21,8 @@ class TokenWeaveConfig:
             for it changes their bits; neither ``split`` nor ``min_tokens`` has a say.
         min_tokens: smallest batch that may be cut; None for 1,024, or 2,048 for a mixture of experts.
         ctas: thread blocks of the fused kernel beside compute.
-        fused_ctas: thread blocks of the fused kernel where nothing runs beside it.
+        fused_ctas: thread blocks of the fused kernel where nothing runs beside it; None to measure at start
+            which number is best, and where SGLang's own all-reduce and norm are faster.
         reserve: keep matrix products off the kernel's multiprocessors (see
             :mod:`sglang_ext.tokenweave.multiprocessors`).
         path: "auto", "multicast", "peer" or "collective" (see :mod:`sglang_ext.tokenweave.paths`).
@@ -35,7 +36,7 @@ class TokenWeaveConfig:
     canonical_split: str = "equal"
     min_tokens: int | None = None
     ctas: int = 8
-    fused_ctas: int = 16
+    fused_ctas: int | None = None
     reserve: bool = True
     path: str = "auto"
     barrier_timeout: float = DEFAULT_TIMEOUT_S
@@ -56,7 +57,7 @@ class TokenWeaveConfig:
         if self.min_tokens is not None and self.min_tokens < 2:
             raise ValueError(f"--tokenweave-min-tokens must be at least 2, not {self.min_tokens}")
         for flag, ctas in (("ctas", self.ctas), ("fused-ctas", self.fused_ctas)):
-            if not 1 <= ctas <= MAX_CTAS:
+            if ctas is not None and not 1 <= ctas <= MAX_CTAS:
                 raise ValueError(f"--tokenweave-{flag} must be 1 to {MAX_CTAS}, not {ctas}")
         if self.barrier_timeout <= 0:
             raise ValueError("--tokenweave-barrier-timeout must be positive")

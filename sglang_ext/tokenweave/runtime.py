@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sglang_ext.tokenweave import paths, table
+from sglang_ext.llm42.canonical_scope import in_canonical_pass
+from sglang_ext.tokenweave import fused_sizes, paths, table
 from sglang_ext.tokenweave.batch import BatchCutError, cut_batch
 from sglang_ext.tokenweave.canonical import HalvedAttention
 from sglang_ext.tokenweave.communicator import CollectiveCommunicator, Communicator, KernelCommunicator
@@ -207,14 +208,15 @@ def start(model_runner: Any) -> Runtime | None:
     sizes = range(GRANULARITY, _largest_batch(model_runner) + 1, GRANULARITY)
     paths.agree_on_cuts([decide(tokens).cut for tokens in sizes], coordinator.cpu_group)
     hidden = model_runner.model_config.hidden_size
+    communicator = _communicator(config, path, model_runner, coordinator)
     weaver = Weaver(
         rank=coordinator.rank_in_group,
         world=coordinator.world_size,
         hidden=hidden,
-        communicator=_communicator(config, path, model_runner, coordinator),
+        communicator=communicator,
         decide=decide,
         save_state=save_sglang_state,
-        fuse_whole=path is not paths.Path.COLLECTIVE or model_runner.device == "cpu",
+        fuse_whole=_fuse_whole(communicator, model_runner.device),
         poison_residual=config.poison_residual,
     )
     _runtime = Runtime(weaver, coordinator, config.canonical_split)
@@ -355,24 +357,39 @@ def _communicator(
         return CollectiveCommunicator(coordinator.device_group, torch.device(model_runner.device))
     from sglang_ext.tokenweave.symmetric import symmetric_ranks
 
-    max_tokens = _largest_batch(model_runner)
+    max_tokens, hidden = _largest_batch(model_runner), model_runner.model_config.hidden_size
     buffers = symmetric_ranks(
         coordinator.cpu_group,
         2 * max_tokens,
-        model_runner.model_config.hidden_size,
+        hidden,
         model_runner.dtype,
         device,
         multicast=path is paths.Path.MULTICAST,
     )
-    return KernelCommunicator(
+    communicator = KernelCommunicator(
         buffers,
         max_tokens,
         coordinator.device_group,
         config.ctas,
-        config.fused_ctas,
+        fused_sizes.always(config.fused_ctas or fused_sizes.DEFAULT_CTAS),
         config.barrier_timeout,
         config.reserve,
     )
+    if config.fused_ctas is None:
+        communicator.fused, times = fused_sizes.measure(
+            communicator, coordinator, hidden, model_runner.dtype, max_tokens
+        )
+        if coordinator.rank_in_group == 0:
+            logger.info("TokenWeave: all-reduce and norm of batches that are not cut: %s", times)
+    return communicator
+
+
+def _fuse_whole(communicator: Communicator, device: str) -> Callable[[int], bool]:
+    """Which batches that are not cut take the fused step."""
+    if not isinstance(communicator, KernelCommunicator):
+        return lambda tokens: device == "cpu"  # out of NCCL's calls it is slower than SGLang's
+    # What is faster may be another thing at the next start; the bits of canonical passes may not.
+    return lambda tokens: in_canonical_pass() or communicator.fused.at(tokens) > 0
 
 
 def _rule(

@@ -69,7 +69,7 @@ class Weaver:
         communicator: does the fused step.
         decide: the cut for a number of tokens; the same on every rank.
         save_state: saves the caller's global state at a switch between halves.
-        fuse_whole: use the fused step for batches that are not cut (pays with the kernel only).
+        fuse_whole: whether a batch of so many tokens that is not cut takes the fused step.
         poison_residual: fill residual rows of others with NaN.
         stock_reason: why the model runs stock from now on, or None.
         launched: when the host launched each fused step of the last batch in two halves, in seconds.
@@ -81,7 +81,7 @@ class Weaver:
     communicator: Communicator
     decide: Callable[[int], Decision]
     save_state: SaveState
-    fuse_whole: bool = True
+    fuse_whole: Callable[[int], bool] = lambda tokens: True
     poison_residual: bool = False
     stock_reason: str | None = None
     statistics: Statistics = field(default_factory=Statistics)
@@ -125,7 +125,7 @@ class Weaver:
         stock from then on.
         """
         # Even where fusing whole batches does not pay, one must be observed before any is cut.
-        wanted = self.fuse_whole or not self._observed
+        wanted = self.fuse_whole(tokens) or not self._observed
         if self.stock_reason or not wanted or not self.communicator.fits(tokens):
             return forward()
         before = self.statistics.fused

@@ -9,6 +9,7 @@ import torch
 
 from sglang_ext.tokenweave import reference
 from sglang_ext.tokenweave.communicator import KernelCommunicator, NormCall
+from sglang_ext.tokenweave.fused_sizes import always
 from sglang_ext.tokenweave.kernel import virtual_ranks
 from sglang_ext.tokenweave.lazy import materialized
 from sglang_ext.tokenweave.split import Decision
@@ -64,7 +65,7 @@ def weaver() -> Weaver:
         rank=0,
         world=1,
         hidden=HIDDEN,
-        communicator=KernelCommunicator(buffers, MAX_TOKENS, None, ctas=4, fused_ctas=16, timeout_s=20.0),
+        communicator=KernelCommunicator(buffers, MAX_TOKENS, None, ctas=4, fused=always(16), timeout_s=20.0),
         decide=lambda tokens: Decision(tokens, tokens // 2, 0.0, 0.0, "test"),
         save_state=lambda: lambda: None,
     )

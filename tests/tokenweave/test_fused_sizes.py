@@ -1,0 +1,59 @@
+"""Which batches take the fused step, from times."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_ext.llm42.canonical_scope import canonical_scope
+from sglang_ext.tokenweave import runtime
+from sglang_ext.tokenweave.communicator import KernelCommunicator
+from sglang_ext.tokenweave.fused_sizes import CTAS, ROWS, FusedSizes, always, faster
+
+
+def test_the_fastest_way_is_taken_for_each_number_of_rows() -> None:
+    # Two H200, hidden size 4096 (docs/benchmarks/tokenweave_peer_world2.csv).
+    own = (8.8, 11.0, 14.6, 37.8)
+    fused = {8: (12.1, 13.7, 23.0, 61.1), 16: (11.1, 11.2, 16.8, 36.3), 32: (10.3, 10.6, 13.4, 35.5)}
+    assert faster((64, 128, 256, 1024), own, fused) == FusedSizes((64, 128, 256, 1024), (0, 32, 32, 32))
+
+
+def test_a_draw_is_fused() -> None:
+    assert faster((64,), (10.0,), {8: (10.0,), 16: (12.0,)}).at(64) == 8
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ctas"), [(1, 0), (64, 0), (65, 16), (128, 16), (129, 32), (512, 32), (99999, 32)]
+)
+def test_a_size_stands_for_those_down_to_the_one_before(tokens: int, ctas: int) -> None:
+    assert FusedSizes((64, 128, 512), (0, 16, 32)).at(tokens) == ctas
+
+
+@given(st.integers(1, 1 << 20))
+def test_a_number_from_the_command_line_holds_for_all(tokens: int) -> None:
+    assert always(24).at(tokens) == 24
+
+
+@given(st.lists(st.tuples(*[st.floats(1, 1000)] * (1 + len(CTAS))), min_size=len(ROWS), max_size=len(ROWS)))
+def test_nothing_slower_than_sglang_is_ever_taken(times: list[tuple[float, ...]]) -> None:
+    own, *fused = zip(*times, strict=True)
+    by_ctas = dict(zip(CTAS, fused, strict=True))
+    sizes = faster(ROWS, own, by_ctas)
+    for i, rows in enumerate(ROWS):
+        chosen = sizes.at(rows)
+        if chosen:
+            assert by_ctas[chosen][i] == min(each[i] for each in fused) <= own[i]
+        else:
+            assert min(each[i] for each in fused) > own[i]
+
+
+def test_canonical_passes_take_the_fused_step_even_where_it_is_slower() -> None:
+    # What is faster may be something else after the next start; the bits of canonical passes may not.
+    communicator = object.__new__(KernelCommunicator)
+    communicator.fused = FusedSizes((64, 128), (0, 16))
+    fuse = runtime._fuse_whole(communicator, "cuda")
+    assert not fuse(64) and fuse(65)
+    with canonical_scope():
+        assert fuse(64)
+    assert not fuse(64)
