@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import serving
 import torch
 import torch.nn.functional as F
 
@@ -257,7 +258,9 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     made_with = " ".join(f"{name} {value}" for name, value in versions().items())
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(f"# device: {gpu_name()}; {made_with}\n")
-        file.write(f"# command: python {shlex.join(sys.argv)}\n")
+        options = serving.without_files(sys.argv[1:], ("--output",))
+        command = ["scripts/bench_tokenweave.py", "--output", "docs/benchmarks", *options]
+        file.write(f"# command: python {shlex.join(command)}\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         for row in rows:

@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import serving
 import torch
 import torch.distributed as dist
 
@@ -396,7 +397,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], world: int) -> None:
     fields = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(f"# device: {world} x {gpu_name()}; {made_with}\n")
-        file.write(f"# command: torchrun --nproc-per-node {world} {shlex.join(sys.argv)}\n")
+        options = serving.without_files(sys.argv[1:], ("--output",))
+        command = ["scripts/bench_tokenweave_multigpu.py", "--output", "docs/benchmarks", *options]
+        file.write(f"# command: torchrun --nproc-per-node {world} {shlex.join(command)}\n")
         writer = csv.DictWriter(file, fieldnames=fields)
         writer.writeheader()
         for row in rows:

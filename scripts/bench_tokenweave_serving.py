@@ -368,13 +368,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         servers, failed = start(stack, names, flags, folder)
         notes += [f"{name} did not start: {reason.splitlines()[-1][:300]}" for name, reason in failed.items()]
         done = {(r.contender, r.load, r.round) for r in results}
-        lost = measure(servers, arguments, keep, done)
-        notes += [f"{name} was given up: {reason}" for name, reason in lost.items()]
-        for name, server in servers.items():
-            if name in lost:
-                say(f"{name}'s log ends with:\n{server.tail(40)}")
-            notes += [f"{name}: {line}" for line in tokenweave_lines(server)]
-    write(results, arguments, notes)
+        lost: dict[str, str] = {}
+        try:
+            lost = measure(servers, arguments, keep, done)
+        finally:  # also where somebody's time limit ends it; servers take their time to stop
+            notes += [f"{name} was given up: {reason}" for name, reason in lost.items()]
+            for name, server in servers.items():
+                if name in lost:
+                    say(f"{name}'s log ends with:\n{server.tail(40)}")
+                notes += [f"{name}: {line}" for line in tokenweave_lines(server)]
+            write(results, arguments, notes)
     return 0 if any(r.contender == STOCK for r in results) else 2
 
 
@@ -385,7 +388,7 @@ def tokenweave_lines(server: Server) -> list[str]:
         for line in server.log.read_text(errors="replace").splitlines()
         if "TokenWeave" in line and "server_args" not in line
     ]
-    return list(dict.fromkeys(line[:300] for line in lines))[:20]
+    return list(dict.fromkeys(line[:700] for line in lines))[:20]
 
 
 if __name__ == "__main__":

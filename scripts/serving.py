@@ -241,7 +241,9 @@ def server(
         ServingError: it ended or did not answer in time; the message has the end of its log.
     """
     port = free_port()
-    command = [sys.executable, "-m", "sglang_ext.launch_server", *flags, "--port", str(port)]
+    # Of several servers that start at once, SGLang may give two the same port for their ranks.
+    ranks = () if "--nccl-port" in flags else ("--nccl-port", str(free_port()))
+    command = [sys.executable, "-m", "sglang_ext.launch_server", *flags, "--port", str(port), *ranks]
     log = Path(tempfile.mkdtemp(prefix="sglang_ext_")) / f"{name}.log"
     say(f"Starting {name} (log: {log})\n  {shlex.join(command[1:])}")
     with log.open("wb") as file:
