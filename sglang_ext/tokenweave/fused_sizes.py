@@ -7,6 +7,7 @@ graphs, before it captures its own.
 
 from __future__ import annotations
 
+import gc
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sglang_ext.tokenweave.communicator import KernelCommunicator
 
-#: Rows of the batches that are timed, as far as they have no more than :data:`MOST_BYTES`.
-ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
+#: Rows of the batches that are timed, up to the largest batch, which is timed, too.
+ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-#: SGLang's limit for its own all-reduce. Its CUDA graphs remember where their input is, in all ranks, so the
-#: input of this measurement is never freed.
-MOST_BYTES = 16 << 20
+#: SGLang's limit for its own all-reduce, beyond which it uses NCCL. Its CUDA graphs remember where their
+#: input is, in all ranks, so the input of this measurement is never freed.
+KEPT_BYTES = 16 << 20
 
 #: Numbers of thread blocks that are tried.
 CTAS = (8, 16, 32)
@@ -29,7 +30,7 @@ CTAS = (8, 16, 32)
 #: For batches that must take the fused step although SGLang's own is faster.
 DEFAULT_CTAS = 16
 
-_STEPS, _REPEATS, _WARM_UP = 10, 7, 2
+_STEPS, _ROWS_PER_GRAPH, _REPEATS, _WARM_UP = 10, 16384, 7, 2
 
 _inputs: list[Any] = []
 
@@ -89,16 +90,19 @@ def measure(
     import torch
     from sglang.srt.distributed.parallel_state import graph_capture
 
-    rows = [n for n in ROWS if n <= max_tokens and n * hidden * dtype.itemsize <= MOST_BYTES]
+    rows = [*(n for n in ROWS if n < max_tokens), max_tokens]
     bench = _Bench(communicator, coordinator, hidden, dtype, rows[-1])
     graphs = []
-    with graph_capture() as context, torch.no_grad():
-        for ctas in (0, *CTAS):
-            graphs += [bench.captured(n, ctas, context.stream) for n in rows]
-    times = torch.tensor([bench.microseconds(graph) for graph in graphs], dtype=torch.float64)
-    torch.distributed.all_reduce(times, op=torch.distributed.ReduceOp.MAX, group=coordinator.cpu_group)
-    own, *fused = times.view(1 + len(CTAS), len(rows)).tolist()
-    del graphs
+    gc.disable()  # what is collected while a graph is captured may invalidate it
+    try:
+        with graph_capture() as context, torch.no_grad():
+            for ctas in (0, *CTAS):
+                graphs += [(bench.captured(n, ctas, context.stream), n) for n in rows]
+    finally:
+        gc.enable()
+    times = slowest([bench.microseconds(graph, n) for graph, n in graphs], coordinator.cpu_group)
+    own, *fused = (times[i : i + len(rows)] for i in range(0, len(times), len(rows)))
+    del graphs, bench
     torch.cuda.empty_cache()
     sizes = faster(rows, own, dict(zip(CTAS, fused, strict=True)))
     parts = (
@@ -107,6 +111,15 @@ def measure(
         for i, n in enumerate(rows)
     )
     return sizes, ", ".join(parts)
+
+
+def slowest(times: Sequence[float], group: Any) -> list[float]:
+    """The largest of all ranks' times, one by one: the same list on every rank."""
+    import torch
+
+    largest = torch.tensor(times, dtype=torch.float64)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    return [float(time) for time in largest]
 
 
 class _Bench:
@@ -122,10 +135,14 @@ class _Bench:
 
         device = coordinator.device
         self.communicator, self.coordinator = communicator, coordinator
+        self.kept = torch.zeros(KEPT_BYTES // (hidden * dtype.itemsize), hidden, dtype=dtype, device=device)
+        _inputs.append(self.kept)
         self.input = torch.zeros(most, hidden, dtype=dtype, device=device)
+        own = coordinator.ca_comm
+        if own is not None and not own.disabled and own.should_custom_ar(self.input):
+            _inputs.append(self.input)  # somebody raised SGLang's limit
         self.residual = torch.zeros_like(self.input)
         self.pool = torch.cuda.graph_pool_handle()
-        _inputs.append(self.input)
         module = RMSNorm(hidden).to(device=device, dtype=dtype)
         self.norm = NormCall(module.weight.data, module.variance_epsilon, 0.0, module)
 
@@ -139,12 +156,14 @@ class _Bench:
         graph = torch.cuda.CUDAGraph()
         # Without torch.cuda.graph, which collects garbage first: dozens of graphs are captured.
         graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        for _ in range(_STEPS):
-            work()
-        graph.capture_end()
+        try:
+            for _ in range(steps(rows)):
+                work()
+        finally:
+            graph.capture_end()
         return graph
 
-    def microseconds(self, graph: Any) -> float:
+    def microseconds(self, graph: Any, rows: int) -> float:
         """Median time of a step."""
         import torch
 
@@ -157,10 +176,10 @@ class _Bench:
             spans.append((begin, end))
         torch.cuda.synchronize()
         times = [begin.elapsed_time(end) for begin, end in spans[_WARM_UP:]]
-        return 1000 * statistics.median(times) / _STEPS
+        return 1000 * statistics.median(times) / steps(rows)
 
     def _own(self, rows: int) -> Callable[[], Any]:
-        summand, residual = self.input[:rows], self.residual[:rows]
+        summand, residual = self._summand(rows), self.residual[:rows]
         return lambda: self.norm.module(self.coordinator.all_reduce(summand), residual)
 
     def _fused(self, rows: int, ctas: int) -> Callable[[], Any]:
@@ -172,6 +191,14 @@ class _Bench:
 
         def work() -> Any:
             self.communicator.fused = always(ctas)
-            return self.communicator.launch(self.input[:rows], shard, self.norm, place, overlap=False)()
+            return self.communicator.launch(self._summand(rows), shard, self.norm, place, overlap=False)()
 
         return work
+
+    def _summand(self, rows: int) -> Any:
+        return (self.kept if rows <= len(self.kept) else self.input)[:rows]
+
+
+def steps(rows: int) -> int:
+    """Steps in one graph of ``rows`` rows: all graphs run for about as long, few rows for less."""
+    return max(1, min(_STEPS, _ROWS_PER_GRAPH // rows))

@@ -32,6 +32,9 @@ BATCHES = 3
 #: Fused steps of a layer: two in each half.
 STEPS_PER_LAYER = 4
 
+#: Trials have at most so many times their tokens as prefixes: attention to them is in no prediction.
+PREFIX_SHARE = 1
+
 #: Of a batch, only so many steps are timed: a host far ahead of the GPU is held up by the full launch queue.
 TIMED_STEPS = 10 * STEPS_PER_LAYER
 
@@ -45,7 +48,7 @@ def layer_us(launched: Sequence[float]) -> float | None:
 
 
 class LearnedRule:
-    """Chooses cuts by a :class:`SplitRule` and by trial; between two batches equal calls give equal answers.
+    """Chooses cuts by a :class:`SplitRule` and by trial; within one batch equal calls give equal answers.
 
     Args:
         rule: with compute and communication times; its host time is replaced.
@@ -60,13 +63,28 @@ class LearnedRule:
         self._seen: list[float] = []
         self._known: dict[int, Decision] = {}
         self._trials = Trials(clock, agree, rule.margin)
+        #: Tokens of the batch that is a trial, and when it began.
+        self._trial: tuple[int, Any] | None = None
 
     def __call__(self, tokens: int) -> Decision:
         """The cut for a batch of ``tokens``."""
-        predicted = self._predicted(tokens)
-        if predicted.cut is None or self._trials.halves(tokens):
+        predicted = self.predicted(tokens)
+        if predicted.cut is None:
             return predicted
-        return replace(predicted, cut=None, reason=f"{tokens} tokens run whole, by trial or for one")
+        halves = self._trials.halves_win(tokens)
+        if halves is None:
+            halves = self._trial is not None and self._trials.halves_next(tokens)
+        if halves:
+            return predicted
+        return replace(
+            predicted, cut=None, reason=f"{tokens} tokens run whole, by trial or until there is one"
+        )
+
+    def predicted(self, tokens: int) -> Decision:
+        """The cut by prediction alone."""
+        if tokens not in self._known:
+            self._known[tokens] = self.rule.decide(tokens)
+        return self._known[tokens]
 
     def observe_launches(self, launched: Sequence[float]) -> None:
         """A batch in halves was launched, its fused steps at these seconds; alike on every rank."""
@@ -80,23 +98,22 @@ class LearnedRule:
         self.rule = replace(self.rule, host_us=host_us)
         self._known.clear()
 
-    def mark(self, tokens: int) -> Any:
-        """The device's present, if a batch of ``tokens`` is a trial, else None."""
-        if self._predicted(tokens).cut is None or self._trials.settled(tokens):
-            return None
-        return self._trials.clock.mark()
+    def begin(self, tokens: int, prefix: int) -> None:
+        """A batch of ``tokens`` begins, whose sequences continue ``prefix`` tokens; maybe it is a trial."""
+        self._trial = None  # of a batch that failed
+        settled = self._trials.halves_win(tokens) is not None
+        if self.predicted(tokens).cut is not None and not settled and prefix <= PREFIX_SHARE * tokens:
+            self._trial = (tokens, self._trials.clock.mark())
 
-    def observe_batch(self, tokens: int, in_halves: bool, begin: Any) -> str | None:
-        """A batch was launched that was a trial when it began at ``begin``; alike on every rank.
+    def end(self, in_halves: bool) -> str | None:
+        """The batch that began was launched; alike on every rank.
 
         Returns:
             What was learned, for the log, if something was.
         """
-        if self._predicted(tokens).cut is None:
+        trial, self._trial = self._trial, None
+        # What was learned of the host meanwhile may have ended the trial.
+        if trial is None or self.predicted(trial[0]).cut is None:
             return None
+        tokens, begin = trial
         return self._trials.add(tokens, in_halves, begin, self._trials.clock.mark(), self.rule.whole_us)
-
-    def _predicted(self, tokens: int) -> Decision:
-        if tokens not in self._known:
-            self._known[tokens] = self.rule.decide(tokens)
-        return self._known[tokens]

@@ -95,13 +95,13 @@ class Runtime:
         rule = self.weaver.decide
         if not isinstance(rule, LearnedRule) or not _is_plain_extend(batch.forward_mode) or _captures_graph():
             return forward()
-        tokens = len(batch.input_ids)
-        begin, woven = rule.mark(tokens) if tokens else None, self.weaver.statistics.woven
+        woven = self.weaver.statistics.woven
+        if tokens := len(batch.input_ids):
+            rule.begin(tokens, sum(int(prefix) for prefix in batch.extend_prefix_lens_cpu))
         output = forward()
-        if begin is not None:
-            learned = rule.observe_batch(tokens, self.weaver.statistics.woven > woven, begin)
-            if learned and self.weaver.rank == 0:
-                logger.info("TokenWeave: %s", learned)
+        learned = rule.end(self.weaver.statistics.woven > woven)
+        if learned and self.weaver.rank == 0:
+            logger.info("TokenWeave: %s", learned)
         return output
 
     def _halves(
@@ -114,8 +114,9 @@ class Runtime:
     ) -> tuple[int, list[Callable[[], Any]]] | None:
         if isinstance(attention, HalvedAttention):
             return self._canonical_halves(original, bound, batch, attention)
-        # SGLang's prefill graphs hold whole batches; those that are cut run outside of them.
-        if not _is_plain_extend(batch.forward_mode) or _captures_graph():
+        # SGLang's prefill graphs hold whole batches; those that are cut run outside of them. Of canonical
+        # passes only those are cut that were planned so.
+        if not _is_plain_extend(batch.forward_mode) or _captures_graph() or in_canonical_pass():
             return None
         cut = self.weaver.cut_for(tokens)
         if cut is None:
@@ -206,7 +207,8 @@ def start(model_runner: Any) -> Runtime | None:
     path = _choose_path(config, model_runner, coordinator)
     decide = _rule(config, path, model_runner, coordinator)
     sizes = range(GRANULARITY, _largest_batch(model_runner) + 1, GRANULARITY)
-    paths.agree_on_cuts([decide(tokens).cut for tokens in sizes], coordinator.cpu_group)
+    predict = decide.predicted if isinstance(decide, LearnedRule) else decide
+    paths.agree_on_cuts([predict(tokens).cut for tokens in sizes], coordinator.cpu_group)
     hidden = model_runner.model_config.hidden_size
     communicator = _communicator(config, path, model_runner, coordinator)
     weaver = Weaver(
@@ -375,13 +377,18 @@ def _communicator(
         config.barrier_timeout,
         config.reserve,
     )
-    if config.fused_ctas is None:
+    if config.fused_ctas is None and not _fixed_kernels(model_runner.server_args):
         communicator.fused, times = fused_sizes.measure(
             communicator, coordinator, hidden, model_runner.dtype, max_tokens
         )
         if coordinator.rank_in_group == 0:
             logger.info("TokenWeave: all-reduce and norm of batches that are not cut: %s", times)
     return communicator
+
+
+def _fixed_kernels(server_args: Any) -> bool:
+    """Whether no measurement may choose: all rows are to be summed alike, or SGLang's own sums are others."""
+    return bool(server_args.enable_deterministic_inference or server_args.enable_symm_mem)
 
 
 def _fuse_whole(communicator: Communicator, device: str) -> Callable[[int], bool]:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_ext.llm42.canonical_scope import canonical_scope
 from sglang_ext.tokenweave import runtime
-from sglang_ext.tokenweave.communicator import KernelCommunicator
-from sglang_ext.tokenweave.fused_sizes import CTAS, ROWS, FusedSizes, always, faster
+from sglang_ext.tokenweave.communicator import KernelCommunicator, NormCall, Rows
+from sglang_ext.tokenweave.fused_sizes import (
+    CTAS,
+    DEFAULT_CTAS,
+    ROWS,
+    FusedSizes,
+    always,
+    faster,
+    slowest,
+    steps,
+)
 
 
 def test_the_fastest_way_is_taken_for_each_number_of_rows() -> None:
@@ -57,3 +73,45 @@ def test_canonical_passes_take_the_fused_step_even_where_it_is_slower() -> None:
     with canonical_scope():
         assert fuse(64)
     assert not fuse(64)
+
+
+def test_a_canonical_pass_gets_thread_blocks_where_sglang_is_faster() -> None:
+    launched: list[int] = []
+    communicator: Any = object.__new__(KernelCommunicator)
+    communicator.fused = FusedSizes((64, 128), (0, 32))
+    communicator._place, communicator._max_tokens, communicator._ctas = [0, 0], 256, 8
+    communicator._buffers = SimpleNamespace(hidden=(torch.zeros(512, 8),))
+    communicator._kernel = lambda *arguments, **more: launched.append(arguments[4])
+    norm = NormCall(torch.ones(8), 1e-6, 0.0, lambda *rows: rows)
+    for rows in (64, 128):
+        communicator.launch(torch.ones(rows, 8), torch.ones(rows, 8), norm, Rows(0, 0, rows), overlap=False)()
+    assert launched == [DEFAULT_CTAS, 32]
+
+
+def test_graphs_hold_fewer_steps_of_more_rows() -> None:
+    assert [steps(rows) for rows in (1, 1024, 4096, 16384, 32768)] == [10, 10, 4, 1, 1]
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    times = slowest([1.0 + rank, 5.0 - rank, 3.0], dist.group.WORLD)
+    Path(folder, str(rank)).write_text(repr(times))
+
+
+def test_all_ranks_have_the_times_of_the_slowest(tmp_path: Path) -> None:
+    # Ranks that chose different ways would wait for each other for ever.
+    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    assert {(tmp_path / str(rank)).read_text() for rank in range(2)} == {"[2.0, 5.0, 3.0]"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "fixed"),
+    [
+        ({}, False),
+        ({"enable_deterministic_inference": True}, True),
+        ({"enable_symm_mem": True}, True),
+    ],
+)
+def test_where_nothing_is_measured(flags: dict[str, Any], fixed: bool) -> None:
+    arguments = {"enable_deterministic_inference": False, "enable_symm_mem": False, **flags}
+    assert runtime._fixed_kernels(SimpleNamespace(**arguments)) == fixed

@@ -43,13 +43,13 @@ class StoppedClock:
         return end - begin
 
 
-def _run(rule: LearnedRule, tokens: int, whole_ms: float, halves_ms: float) -> bool:
+def _run(rule: LearnedRule, tokens: int, whole_ms: float, halves_ms: float, prefix: int = 0) -> bool:
     """A batch as a server runs it; whether it was cut."""
-    cut, begin = rule(tokens).cut is not None, rule.mark(tokens)
+    rule.begin(tokens, prefix)
+    cut = rule(tokens).cut is not None
     clock: Any = rule._trials.clock
     clock.now += halves_ms if cut else whole_ms
-    if begin is not None:
-        rule.observe_batch(tokens, cut, begin)
+    rule.end(cut)
     return cut
 
 
@@ -58,15 +58,20 @@ def _launches(layer: float, layers: int = 20) -> list[float]:
     return [7.0 + i * step for i in range(layers * learned_rule.STEPS_PER_LAYER)]
 
 
-def test_before_it_has_learned_it_cuts_where_the_gpu_alone_would_gain() -> None:
+def test_before_it_has_learned_it_predicts_cuts_where_the_gpu_alone_would_gain() -> None:
     # A model whose layers all take less than a cautious guess would never be cut, and never be timed.
-    assert _rule()(2048).cut is not None
-    assert _rule([4000.0] * (BATCHES - 1))(2048).cut is not None
+    assert _rule().predicted(2048).cut is not None
+    assert _rule([4000.0] * (BATCHES - 1)).predicted(2048).cut is not None
 
 
 def test_afterwards_the_host_counts() -> None:
-    assert _rule([4000.0] * BATCHES)(2048).cut is None and _rule([4000.0] * BATCHES)(16384).cut is not None
-    assert _rule([300.0] * BATCHES)(2048).cut is not None
+    slow, fast = _rule(), _rule()
+    for rule, host_us in ((slow, 4000.0), (fast, 300.0)):
+        assert rule.predicted(2048).cut is not None
+        for _ in range(BATCHES):
+            rule.observe_launches(_launches(host_us))
+    assert slow.predicted(2048).cut is None and slow.predicted(16384).cut is not None
+    assert fast.predicted(2048).cut is not None
 
 
 def test_batches_too_small_to_be_timed_count_as_slow() -> None:
@@ -77,7 +82,7 @@ def test_batches_too_small_to_be_timed_count_as_slow() -> None:
 
 
 def test_a_slow_host_stops_cuts_of_large_batches() -> None:
-    assert _rule([20000.0] * BATCHES)(16384).cut is None
+    assert _rule([20000.0] * BATCHES).predicted(16384).cut is None
 
 
 def test_the_fastest_batch_of_the_slowest_rank_counts() -> None:
@@ -93,7 +98,7 @@ def test_it_learns_once() -> None:
 
 @given(host_us=st.floats(1, 20000), tokens=st.integers(1024, 16384))
 def test_no_cut_is_slower_than_the_whole_on_either_side(host_us: float, tokens: int) -> None:
-    decision = _rule([host_us] * BATCHES)(tokens)
+    decision = _rule([host_us] * BATCHES).predicted(tokens)
     if decision.cut is not None:
         assert decision.split_us >= host_us * 0.999
         assert decision.split_us < decision.whole_us
@@ -113,7 +118,7 @@ def test_a_cut_that_is_seen_to_lose_is_made_no_more() -> None:
     assert not any(_run(rule, 4096, 100.0, 50.0) for _ in range(5))
     # Another size is another matter.
     assert [_run(rule, 8192, whole_ms=200.0, halves_ms=190.0) for _ in ORDER] == list(ORDER)
-    assert all(_run(rule, 8192, 200.0, 500.0) for _ in range(5))
+    assert all(_run(rule, 8192, 200.0, 500.0, prefix=99999) for _ in range(5))
 
 
 def test_what_is_not_predicted_to_win_is_not_tried() -> None:
@@ -122,9 +127,39 @@ def test_what_is_not_predicted_to_win_is_not_tried() -> None:
     assert not any(_run(_rule(), 512, whole_ms=100.0, halves_ms=50.0) for _ in range(20))
 
 
-def test_a_settled_size_is_timed_no_more() -> None:
+def test_without_a_trial_nothing_unsettled_is_cut() -> None:
+    rule = _rule()
+    assert rule(4096).cut is None
+    # Attention to long prefixes is in no prediction: such batches are no trials, and run whole until settled.
+    assert not any(_run(rule, 4096, 100.0, 50.0, prefix=4097) for _ in range(20))
+    assert [_run(rule, 4096, 100.0, 50.0, prefix=4096) for _ in ORDER] == list(ORDER)
+    assert _run(rule, 4096, 100.0, 50.0, prefix=4097)
+
+
+def test_a_trial_ends_with_its_batch() -> None:
+    rule = _rule()
+    rule.begin(4096, 0)
+    assert rule(4096).cut is not None
+    rule.end(True)
+    assert rule(4096).cut is None
+    # A batch that failed leaves none behind.
+    rule.begin(4096, 0)
+    rule.begin(128, 0)
+    assert rule(4096).cut is None and rule.end(False) is None
+
+
+def test_learning_within_a_batch_that_the_host_is_too_slow_ends_its_trial() -> None:
+    rule = _rule([20000.0] * (BATCHES - 1))
+    rule.begin(4096, 0)
+    assert rule(4096).cut is not None
+    rule.observe_launches(_launches(20000.0))
+    assert rule.end(True) is None and not rule._trials._size(4096).spans
+    assert rule(4096).cut is None
+
+
+def test_a_settled_size_is_timed_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     rule = _rule()
     for _ in ORDER:
-        assert rule.mark(4096) is not None
         _run(rule, 4096, 100.0, 90.0)
-    assert rule.mark(4096) is None and rule.mark(8192) is not None
+    monkeypatch.setattr(rule._trials.clock, "mark", lambda: pytest.fail("timed"))
+    assert _run(rule, 4096, 0.0, 0.0)

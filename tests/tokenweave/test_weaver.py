@@ -134,6 +134,14 @@ def _rank(rank: int, store: str, folder: str) -> None:
             halves = [lambda d=decoder, p=piece: d(*p) for piece in pieces]  # type: ignore[misc]
             outputs[cut] = flat(weaver.run_halves(cut, TOKENS, halves))
         results[name] = (expected, outputs, observed, vars(weaver.statistics), weaver.stock_reason)
+    # Where the fused step does not pay, it is done once, to see whether the model has norms to fuse.
+    unfused = _weaver(rank)
+    unfused.fuse_whole = lambda tokens: False
+    decoder, counts = Decoder(unfused, rank, False, False), []
+    for _ in range(3):
+        unfused.run_whole(TOKENS, lambda: decoder(inputs.clone(), 0))
+        counts.append(unfused.statistics.fused)
+    results["unfused"] = counts
     # Uneven rows gather right, too: the residual's way to a consumer of all rows.
     group = dist.group.WORLD
     assert group is not None
@@ -175,6 +183,12 @@ def test_a_model_without_fusable_norms_runs_stock(results: list[dict[str, Any]])
         assert observed == 0 and statistics["woven"] == 0 and list(outputs) == [0]
         assert torch.equal(outputs[0][0], expected[0])
         assert stock_reason is not None and "norm" in stock_reason
+
+
+def test_where_it_does_not_pay_only_the_first_batch_is_fused(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        first, *later = result["unfused"]
+        assert first > 0 and later == [first, first]
 
 
 def test_uneven_rows_are_gathered_in_order(results: list[dict[str, Any]]) -> None:
