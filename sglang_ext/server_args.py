@@ -158,7 +158,7 @@ class ServerArgs(SGLangServerArgs):
             "--llm42-commit-log",
             default=ServerArgs.llm42_commit_log,
             metavar="PATH",
-            help="Write a JSON line for every finished deterministic request to this file, for "
+            help="Write a JSON line for every deterministic request that ended to this file, for "
             "python -m sglang_ext.replay. With --dp-size > 1 each rank has its own: log.dp0.jsonl, ...",
         )
         group.add_argument(

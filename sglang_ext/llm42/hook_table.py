@@ -102,6 +102,12 @@ HOOKS: tuple[Hook, ...] = (
         "commit logs close when a request ends",
     ),
     _row(
+        "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper.send_output",
+        Kind.BEFORE,
+        "output_sent",
+        "commit logs close when a request ends that no step's result says it of, as while it waits",
+    ),
+    _row(
         f"{_RESULTS}.process_batch_result_decode",
         Kind.AFTER,
         "insert_prompts",

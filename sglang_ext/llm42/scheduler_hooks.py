@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.drafting import DecodeStep
 from sglang_ext.llm42.observability.observer import Observer
 from sglang_ext.llm42.report import Report
+from sglang_ext.llm42.request import DeterministicRequest
 from sglang_ext.llm42.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -360,8 +361,29 @@ def finish_state_updated(result: None, processor: Any, req: Req, *args: Any, **k
     """After ``_handle_finish_state_updated_req``: the commit log of a request that has ended is closed."""
     state = deterministic.of(req)
     if state is not None and req.finished():
-        state.log.release(req.finished_reason.to_json()["type"], state.log.num_committed)
-        observer().finished(req, state)
+        _ended(req, state, req.finished_reason.to_json())
+
+
+def output_sent(sender: Any, output: Any, recv_obj: Any = None) -> None:
+    """Before ``SenderWrapper.send_output``: a request that ends without a step's result ends with a message.
+
+    Aborted or timed out while it waited, refused by a full queue, by its priority or by us, given up when
+    memory does not suffice for it alone: whatever the reason, SGLang sends an ``AbortReq`` to the server's
+    process, together with the request, and forgets it.
+    """
+    from sglang.srt.managers.io_struct import AbortReq
+
+    state = deterministic.of(recv_obj) if isinstance(output, AbortReq) else None
+    if state is None or state.log.released:
+        return
+    # What SGLang's server process answers where the message gives no reason.
+    default = {"type": "abort", "message": output.abort_message or "Abort in waiting queue"}
+    _ended(recv_obj, state, output.finished_reason or default)
+
+
+def _ended(req: Req, state: DeterministicRequest, finish_reason: Mapping[str, Any]) -> None:
+    state.log.release(finish_reason["type"], state.log.num_committed)
+    observer().finished(req, state, finish_reason)
 
 
 def insert_prompts(result: None, processor: Any, batch: ScheduleBatch, *args: Any, **kwargs: Any) -> None:

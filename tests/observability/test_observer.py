@@ -189,11 +189,11 @@ def _finish(observer: Observer, output: list[int], **params: Any) -> None:
         rid="a",
         origin_input_ids=request.prompt,
         sampling_params=request.sampling_params,
-        finished_reason=types.SimpleNamespace(to_json=lambda: request.finish_reason),
         custom_logit_processor=None,
         require_reasoning=False,
     )
-    observer.finished(req, types.SimpleNamespace(seed=3, log=request.log))  # type: ignore[arg-type]
+    state: Any = types.SimpleNamespace(seed=3, log=request.log)
+    observer.finished(req, state, request.finish_reason)  # type: ignore[arg-type]
 
 
 def _runtime() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,8 @@ class Observer:
         if self._metrics is not None:
             self._metrics.accepting(accepted)
 
-    def finished(self, req: Req, state: DeterministicRequest) -> None:
-        """A deterministic request has ended, and its log is released.
+    def finished(self, req: Req, state: DeterministicRequest, finish_reason: Mapping[str, Any]) -> None:
+        """A deterministic request has ended, be it before it began, and its log is released.
 
         A request that asked for no tokens leaves no line: SGLang sends such ones itself, to cache the prompt
         of several samples.
@@ -69,7 +70,7 @@ class Observer:
         self.step_done()
         if self._writer is None or not req.sampling_params.max_new_tokens:
             return
-        request = _finished_request(req, state, self.configuration_digest)
+        request = _finished_request(req, state, finish_reason, self.configuration_digest)
         self._writer.offer(request.line, request.tokens)
 
 
@@ -94,7 +95,9 @@ def _writer(scheduler: Scheduler, metrics: Metrics | None) -> LogWriter | None:
     return writer
 
 
-def _finished_request(req: Req, state: DeterministicRequest, configuration_digest: str) -> FinishedRequest:
+def _finished_request(
+    req: Req, state: DeterministicRequest, finish_reason: Mapping[str, Any], configuration_digest: str
+) -> FinishedRequest:
     params = req.sampling_params
     further: dict[str, Any] = {}
     if req.custom_logit_processor:
@@ -107,7 +110,7 @@ def _finished_request(req: Req, state: DeterministicRequest, configuration_diges
         sampling_params=params,
         seed=state.seed,
         log=state.log,
-        finish_reason=req.finished_reason.to_json(),
+        finish_reason=finish_reason,
         weight_version=(params.custom_params or {}).get(WEIGHT_VERSION_KEY),
         configuration=configuration_digest,
         finished_at=now(),
