@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import resource
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang_ext.llm42.observability import log_files, log_writer
-from sglang_ext.llm42.observability.log_writer import ENTRY_WEIGHT, LogWriter, RotatingFile
+from sglang_ext.llm42.observability.log_writer import ENTRY_WEIGHT, LogWriter, RotatingFile, _Access
 
 #: Long enough for a thread on a busy machine; nothing here waits for it to pass.
 PATIENCE_S = 30.0
@@ -134,10 +135,78 @@ def test_a_file_that_was_removed_is_made_anew(tmp_path: Path) -> None:
     assert path.read_bytes() == b"two\n"
 
 
-def test_prompts_are_for_the_owner_only(tmp_path: Path) -> None:
+def test_prompts_are_for_the_owner_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "log"
-    RotatingFile(path, 1000, 1).append(b"one\n")
-    assert path.stat().st_mode & 0o077 == 0
+    file = RotatingFile(path, 1, 2)
+    for _ in range(3):
+        file.append(b"one\n")
+    assert [_mode(each) for each in log_files.history(path)] == [0o600] * 3
+    assert caplog.messages == []
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o660])
+def test_the_operators_mode_stays_and_is_handed_on(
+    tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "log"
+    path.touch()
+    path.chmod(mode)
+    file = RotatingFile(path, 1, 5)
+    for _ in range(3):
+        file.append(b"one\n")
+    path.unlink()  # as a log shipper may
+    file.append(b"two\n")
+    files = log_files.history(path)
+    assert [_mode(each) for each in files] == [mode] * 3 and files[-1].read_bytes() == b"two\n"
+    assert caplog.messages == []
+
+
+def test_a_mode_for_everybody_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "log"
+    path.touch()
+    path.chmod(0o644)
+    file = RotatingFile(path, 1, 5)
+    for _ in range(3):
+        file.append(b"one\n")
+        file.close()
+    assert [_mode(each) for each in log_files.history(path)] == [0o644] * 3
+    (warning,) = caplog.messages
+    assert str(path) in warning and "0644" in warning
+    path.chmod(0o600)
+    for _ in range(2):
+        file.append(b"one\n")
+    assert _mode(path) == 0o600 and len(caplog.messages) == 1, "as the operator changed it meanwhile"
+
+
+@pytest.mark.parametrize(("allowed", "mode"), [(True, 0o640), (False, 0o600)])
+def test_a_group_that_cannot_be_given_gets_no_rights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool, mode: int
+) -> None:
+    given: list[int] = []
+
+    def fchown(fd: int, uid: int, gid: int) -> None:
+        if not allowed:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        given.append(gid)
+
+    def of(fd: int) -> _Access:
+        """A new file's group is the first's plus one."""
+        return _Access(stat.S_IMODE(os.fstat(fd).st_mode), 100 + (os.fstat(fd).st_ino != first))
+
+    path = tmp_path / "log"
+    path.touch()
+    path.chmod(0o640)
+    first = path.stat().st_ino
+    monkeypatch.setattr(os, "fchown", fchown)
+    monkeypatch.setattr(_Access, "of", staticmethod(of))
+    file = RotatingFile(path, 1, 5)
+    file.append(b"one\n")
+    file.append(b"two\n")
+    assert _mode(path) == mode and given == [100] * allowed
 
 
 def test_a_full_device_is_an_error(tmp_path: Path) -> None:

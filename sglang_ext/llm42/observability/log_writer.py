@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -47,12 +48,50 @@ class LineFile(Protocol):
         """Give the file back."""
 
 
+@dataclass(frozen=True)
+class _Access:
+    """Who may open a file.
+
+    Attributes:
+        mode: its permission bits.
+        group: id of its group, None for that of new files.
+    """
+
+    mode: int
+    group: int | None
+
+    @classmethod
+    def of(cls, fd: int) -> _Access:
+        """That of an open file."""
+        status = os.fstat(fd)
+        return cls(stat.S_IMODE(status.st_mode), status.st_gid)
+
+    def give(self, fd: int, path: Path) -> None:
+        """Give it to a new file, which its owner alone may open.
+
+        Where the group cannot be given, what it may do is not either.
+        """
+        mode, new = self.mode, self.of(fd)
+        if self.group is not None and self.group != new.group:
+            try:
+                os.fchown(fd, -1, self.group)
+            except OSError as error:
+                mode &= ~stat.S_IRWXG
+                logger.warning("--llm42-commit-log %s: not for the group of the last file (%s).", path, error)
+        if mode != new.mode:
+            os.fchmod(fd, mode)
+
+
 class RotatingFile:
     """A file of lines that is renamed to ``NAME.1``, ``NAME.2``, ... when it is full.
 
     A line is written by a single ``write`` at the end of the file, so a killed process leaves at most a torn
-    last line; the next one then starts on a line of its own. Files are created readable to their owner only,
-    since they hold prompts. Devices and pipes are written, but neither rotated nor repaired.
+    last line; the next one then starts on a line of its own. Devices and pipes are written, but neither
+    rotated nor repaired.
+
+    The first file is created readable to its owner only, since it holds prompts. Mode and group of one that
+    exists are the operator's choice (a log shipper's group, say): they stay, and each file made in its place
+    gets them, too. That everybody may read or write it is said once.
 
     Args:
         path: the file; made if absent, continued if not.
@@ -68,6 +107,7 @@ class RotatingFile:
         self._size = 0
         self._regular = True
         self._torn = False
+        self._access = _Access(stat.S_IRUSR | stat.S_IWUSR, None)
 
     def append(self, line: bytes) -> None:
         """Write ``line``, which ends with a newline, as a whole.
@@ -86,6 +126,7 @@ class RotatingFile:
     def close(self) -> None:
         """Close the file; the next line opens it again."""
         if self._fd is not None:
+            self._note_access()
             os.close(self._fd)
             self._fd = None
 
@@ -99,11 +140,30 @@ class RotatingFile:
 
     def _open(self) -> None:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        new = not self.path.exists()
         self._fd = os.open(self.path, flags, stat.S_IRUSR | stat.S_IWUSR)
         status = os.fstat(self._fd)
         self._regular = stat.S_ISREG(status.st_mode)
         self._size = status.st_size
         self._torn = bool(self._regular and self._size) and os.pread(self._fd, 1, self._size - 1) != b"\n"
+        if new:
+            self._access.give(self._fd, self.path)
+        self._note_access()
+
+    def _note_access(self) -> None:
+        """Remember who may read the open file, for the one that follows it; the operator may change it."""
+        assert self._fd is not None
+        if not self._regular:
+            return
+        access = _Access.of(self._fd)
+        if access.mode & stat.S_IRWXO and access != self._access:
+            logger.warning(
+                "--llm42-commit-log %s: its mode, %04o, is open to every user of this machine, and it holds "
+                "prompts and outputs. It stays so, and files that follow get it, too, until you change it.",
+                self.path,
+                access.mode,
+            )
+        self._access = access
 
     def _rotate(self) -> None:
         self.close()
