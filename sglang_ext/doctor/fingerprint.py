@@ -1,4 +1,4 @@
-"""The canonical fingerprint: two servers with the same one promise the same output."""
+"""The canonical fingerprint: a digest of what canonical passes compute for a fixed probe."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class RankMismatch(RuntimeError):
 def fingerprint(logits: torch.Tensor) -> str:
     """Fingerprint of the fixed probe: 64 hexadecimal digits.
 
-    It changes with whatever changes canonical logits: weights, dtype, shape of the pass, kernels, library
-    versions, processor, on a CPU the number of threads; and with nothing else.
+    It changes with whatever changes the probe's canonical logits: weights, dtype, shape of the pass, kernels,
+    library versions, processor, on a CPU the number of threads; and with nothing else.
 
     Args:
         logits: int64 ``[rows]``, digests of the logits of the probe's positions, those of its first pass.

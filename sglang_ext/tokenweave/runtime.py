@@ -37,6 +37,7 @@ class Runtime:
     Attributes:
         weaver: runs the decoder stack.
         coordinator: SGLang's tensor-parallel group.
+        path: how the fused step moves data, agreed on by all ranks.
         canonical_split: how canonical passes of LLM-42 are cut, "equal" or "never".
         attention_backends: one attention backend per half, each with plans of its own.
         refused: reasons already logged for which a batch was not cut.
@@ -44,6 +45,7 @@ class Runtime:
 
     weaver: Weaver
     coordinator: Any
+    path: paths.Path
     canonical_split: str = "equal"
     attention_backends: list[Any] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
@@ -221,7 +223,7 @@ def start(model_runner: Any) -> Runtime | None:
         fuse_whole=_fuse_whole(communicator, model_runner.device),
         poison_residual=config.poison_residual,
     )
-    _runtime = Runtime(weaver, coordinator, config.canonical_split)
+    _runtime = Runtime(weaver, coordinator, path, config.canonical_split)
     return _runtime
 
 

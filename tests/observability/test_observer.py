@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import finished
 
-from sglang_ext.llm42.observability import configuration, log_line
+from sglang_ext.llm42.observability import log_line
 from sglang_ext.llm42.observability import metrics as metrics_module
 from sglang_ext.llm42.observability import observer as observer_module
 from sglang_ext.llm42.observability.metrics import COUNTERS, INTERVAL_S, Metrics
@@ -250,29 +250,3 @@ def test_nothing_happens_where_nothing_was_asked_for() -> None:
     observer.step_done()
     observer.accepting(False)
     _finish(observer, [1, 2, 3])
-
-
-def test_the_configuration_digest_tells_configurations_apart() -> None:
-    scheduler = _scheduler(None)
-    runner = scheduler.tp_worker.model_runner
-
-    def digest(**arguments: Any) -> str:
-        args = types.SimpleNamespace(**arguments)
-        return configuration.digest(configuration.describe(args, runner))
-
-    plain = digest(llm42_window_size=16, tp_size=1)
-    assert plain == digest(tp_size=1, llm42_window_size=16, port=3, log_level="info")
-    assert plain != digest(llm42_window_size=32, tp_size=1)
-    runner.model_config.hf_config.to_dict = lambda: {"hidden_size": 8, "_name_or_path": "/there"}
-    assert plain == digest(llm42_window_size=16, tp_size=1), "where the model lies makes no difference"
-    runner.model_config.hf_config.to_dict = lambda: {"hidden_size": 9}
-    assert plain != digest(llm42_window_size=16, tp_size=1)
-
-
-def test_every_argument_of_the_digest_exists() -> None:
-    from sglang.srt.server_args import ServerArgs as SGLangServerArgs
-
-    from sglang_ext.server_args import ServerArgs
-
-    names = {field for cls in (SGLangServerArgs, ServerArgs) for field in cls.__dataclass_fields__}
-    assert set(configuration.ARGUMENTS) <= names

@@ -12,6 +12,7 @@ import torch
 
 from sglang_ext.tokenweave.batch import BatchCutError
 from sglang_ext.tokenweave.canonical import ROW_FIELDS, SEGMENT_FIELDS, HalvedAttention
+from sglang_ext.tokenweave.paths import Path
 from sglang_ext.tokenweave.runtime import Runtime
 
 SEGMENTS, ROWS = 4, 3
@@ -97,7 +98,7 @@ def test_what_cannot_be_cut_is_refused() -> None:
 def runtime(split: str = "equal", stock_reason: str | None = None, fits: bool = True) -> Runtime:
     communicator = SimpleNamespace(fits=lambda tokens: fits)
     weaver = SimpleNamespace(observed=True, stock_reason=stock_reason, communicator=communicator)
-    return Runtime(cast("Any", weaver), None, split)
+    return Runtime(cast("Any", weaver), None, Path.COLLECTIVE, split)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sglang_ext.llm42.observability import configuration, log_files
 from sglang_ext.llm42.observability.log_line import WEIGHT_VERSION_KEY, FinishedRequest
 from sglang_ext.llm42.observability.log_writer import LogWriter, RotatingFile, now
 from sglang_ext.llm42.observability.metrics import Metrics
+from sglang_ext.tokenweave import runtime as tokenweave
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -47,7 +48,9 @@ class Observer:
         """What the server's arguments ask for, once the model is loaded."""
         metrics = _metrics(scheduler)
         digest = configuration.digest(
-            configuration.describe(scheduler.server_args, scheduler.tp_worker.model_runner)
+            configuration.describe(
+                scheduler.server_args, scheduler.tp_worker.model_runner, _tokenweave(runtime)
+            )
         )
         return cls(runtime, metrics, _writer(scheduler, metrics), digest)
 
@@ -72,6 +75,25 @@ class Observer:
             return
         request = _finished_request(req, state, finish_reason, self.configuration_digest)
         self._writer.offer(request.line, request.tokens)
+
+
+def _tokenweave(runtime: Runtime) -> dict[str, Any] | None:
+    """How TokenWeave runs canonical passes, which flags leave to the GPUs, the model and the buffers' size.
+
+    Fixed since the passes were built: the path of the fused step, the rows of a pass's first half (None for a
+    whole one), and whether a pass has room in the step's buffers.
+    What is measured at start, and so may be another thing at the next, is left out: it has no say in which
+    step canonical passes take, and the number of the step's thread blocks changes no row.
+    """
+    started = tokenweave.current()
+    if started is None or started.weaver.stock_reason:
+        return None
+    full = runtime.verification.passes.full
+    return {
+        "path": started.path.value,
+        "cut": full.eager.cut,
+        "fits": started.weaver.communicator.fits(full.segments * full.rows),
+    }
 
 
 def _metrics(scheduler: Scheduler) -> Metrics | None:
