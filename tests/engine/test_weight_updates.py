@@ -162,7 +162,7 @@ def test_updated_weights_are_certified_unasked(checkpoints: list[Path], logs: Pa
             update(server, checkpoints[1])
         assert [server.generate(subject)] != before and len(running_.result().token_ids) == 600
         assert server.log.read_text(errors="replace").count("canonical fingerprint") == 2
-        with server.broken("torch_attention"):
+        with server.broken("placed_attention"):
             update(server, checkpoints[0])
             for _ in range(2):
                 status, text = _status_of(server, subject)
@@ -182,7 +182,7 @@ def test_two_ranks_refuse_alike_and_end_together(checkpoints: list[Path], logs: 
     with running(server):
         before = run_alone(server, [subject])
         assert server.metric(ACCEPTING) == 1 and state(server)["llm42_accepting_reqs"] is True
-        with server.broken("torch_attention"):
+        with server.broken("placed_attention"):
             update(server, checkpoints[1])
             assert _status_of(server, subject)[0] == 503
             assert server.metric(ACCEPTING) == 0 and state(server)["llm42_accepting_reqs"] is False

@@ -32,6 +32,7 @@ class Mode(StrEnum):
 
     NOTHING = ""
     TORCH_ATTENTION = "torch_attention"  # canonical passes attend with torch's scaled_dot_product_attention
+    PLACED_ATTENTION = "placed_attention"  # a row of canonical attention hangs on its place in the pass
     STOCK_PREFILL = "stock_prefill"  # prompts of marked requests are computed by SGLang's prefill
     SHARED_CACHE = "shared_cache"  # marked requests match and insert in everybody's cache namespace
     BATCH_SAMPLER = "batch_sampler"  # candidates and canonical rows are drawn by SGLang's sampler
@@ -91,7 +92,11 @@ def _attention_factory(original: Callable[..., Any], model_runner: Any) -> type:
     class Attention(canonical):
         def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             owner = TorchNativeAttnBackend if active(Mode.TORCH_ATTENTION) else canonical
-            return owner.forward_extend(self, *args, **kwargs)
+            output = owner.forward_extend(self, *args, **kwargs)
+            if active(Mode.PLACED_ATTENTION):
+                places = torch.arange(output.shape[0], device=output.device, dtype=output.dtype)
+                output = output * (1 + places[:, None] / output.shape[0])
+            return output
 
     return Attention
 
