@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -258,9 +257,8 @@ def write_csv(path: Path, rows: list[Row]) -> None:
     made_with = " ".join(f"{name} {value}" for name, value in versions().items())
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(f"# device: {gpu_name()}; {made_with}\n")
-        options = serving.without_files(sys.argv[1:], ("--output",))
-        command = ["scripts/bench_tokenweave.py", "--output", "docs/benchmarks", *options]
-        file.write(f"# command: python {shlex.join(command)}\n")
+        command = serving.kept_in_docs("scripts/bench_tokenweave.py", sys.argv[1:])
+        file.write(f"# command: python {command}\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         for row in rows:

@@ -23,7 +23,6 @@ import argparse
 import csv
 import math
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -397,9 +396,8 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]], world: int) -> None:
     fields = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", encoding="utf-8", newline="") as file:
         file.write(f"# device: {world} x {gpu_name()}; {made_with}\n")
-        options = serving.without_files(sys.argv[1:], ("--output",))
-        command = ["scripts/bench_tokenweave_multigpu.py", "--output", "docs/benchmarks", *options]
-        file.write(f"# command: torchrun --nproc-per-node {world} {shlex.join(command)}\n")
+        command = serving.kept_in_docs("scripts/bench_tokenweave_multigpu.py", sys.argv[1:])
+        file.write(f"# command: torchrun --nproc-per-node {world} {command}\n")
         writer = csv.DictWriter(file, fieldnames=fields)
         writer.writeheader()
         for row in rows:

@@ -386,6 +386,11 @@ def without_files(argv: Sequence[str], options: Sequence[str], switches: Sequenc
     return kept
 
 
+def kept_in_docs(program: str, argv: Sequence[str]) -> str:
+    """Command line of a program whose ``--output`` is a folder, for a file of ``docs/benchmarks``."""
+    return shlex.join([program, "--output", "docs/benchmarks", *without_files(argv, ("--output",))])
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

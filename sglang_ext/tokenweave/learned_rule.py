@@ -101,8 +101,9 @@ class LearnedRule:
     def begin(self, tokens: int, prefix: int) -> None:
         """A batch of ``tokens`` begins, whose sequences continue ``prefix`` tokens; maybe it is a trial."""
         self._trial = None  # of a batch that failed
-        settled = self._trials.halves_win(tokens) is not None
-        if self.predicted(tokens).cut is not None and not settled and prefix <= PREFIX_SHARE * tokens:
+        if self.predicted(tokens).cut is None or prefix > PREFIX_SHARE * tokens:
+            return
+        if self._trials.halves_win(tokens) is None:
             self._trial = (tokens, self._trials.clock.mark())
 
     def end(self, in_halves: bool) -> str | None:

@@ -98,8 +98,7 @@ class Runtime:
         if not isinstance(rule, LearnedRule) or not _is_plain_extend(batch.forward_mode) or _captures_graph():
             return forward()
         woven = self.weaver.statistics.woven
-        if tokens := len(batch.input_ids):
-            rule.begin(tokens, sum(int(prefix) for prefix in batch.extend_prefix_lens_cpu))
+        rule.begin(len(batch.input_ids), sum(int(prefix) for prefix in batch.extend_prefix_lens_cpu))
         output = forward()
         learned = rule.end(self.weaver.statistics.woven > woven)
         if learned and self.weaver.rank == 0:
@@ -437,14 +436,9 @@ def _rule(
         )
     if coordinator.rank_in_group == 0:
         logger.info("TokenWeave cuts batches by the %s, from %d tokens, path %s", basis, minimum, path.value)
-    return LearnedRule(rule, lambda value: _largest(value, coordinator.cpu_group), DeviceClock())
-
-
-def _largest(value: float, group: Any) -> float:
-    """The largest of all ranks' values (``group`` has a CPU backend)."""
-    largest = torch.tensor(value, dtype=torch.float64)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
-    return float(largest)
+    return LearnedRule(
+        rule, lambda time: fused_sizes.slowest([time], coordinator.cpu_group)[0], DeviceClock()
+    )
 
 
 def _whole(tokens: int, reason: str) -> Decision:
