@@ -9,7 +9,7 @@ from typing import Any
 import bench_tokenweave_serving as bench
 import pytest
 from bench_tokenweave_serving import PREFILLS, Load, Result
-from serving import ServingError
+from serving import ServingError, kept_in_docs
 
 
 def _arguments(tmp_path: Path, *more: str) -> Any:
@@ -22,6 +22,12 @@ def test_report_names_its_command_without_folders(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("sys.argv", words)
     text = bench.report([Result("stock", "prefill-1024", 0, 0.1)], _arguments(tmp_path), [])
     assert "    python scripts/bench_tokenweave_serving.py --tp-size 4 --layers 20\n" in text
+
+
+def test_files_of_the_docs_name_their_command_without_the_folder_of_its_machine() -> None:
+    for output in (["--output", "/a/o"], ["--output=/a/o"]):
+        command = kept_in_docs("bench.py", [*output, "--tokens", "64", "128"])
+        assert command == "bench.py --output docs/benchmarks --tokens 64 128"
 
 
 def test_report_gives_ratios_of_medians_to_stock(tmp_path: Path) -> None:
