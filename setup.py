@@ -33,6 +33,7 @@ EXTRAS["test"] = [
     "openai>=1.50",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.8",
     "ruff>=0.8",
 ]
 

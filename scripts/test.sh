@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh                      all tests that this machine can run
 #   scripts/test.sh -m "not engine"      without those that start the SGLang engine
+#   scripts/test.sh -n 0 -k stress       in one process, with all cores (--pdb and -s need this)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,4 +17,5 @@ run() {
 run ruff check .
 run ruff format --check .
 run mypy
-run pytest "$@"
+# Two processes; --no-loadscope-reorder keeps the order of tests/conftest.py: engines last, the longest first.
+run pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import write_tiny_llama
@@ -13,15 +14,43 @@ from sglang_ext import demo_model
 #: GPUs that a test of each marker needs.
 GPUS_NEEDED = {"gpu": 1, "multigpu": 2}
 
+#: Files with one of these in their names run one after the other.
+ALONE = ("gpu", "engine/test_ray")
+
 #: On the path of every Python that tests start; see the module in it.
 QUICK_IMPORTS = str(Path(__file__).parent / "quick_imports")
 
 
 def pytest_configure() -> None:
-    """Let servers start faster."""
+    """Let servers start faster, and give each of several test processes cores of its own."""
     path = os.environ.get("PYTHONPATH", "")
     if QUICK_IMPORTS not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [QUICK_IMPORTS, path]))
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        share_cores(int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+
+
+def share_cores(worker: int, workers: int) -> None:
+    """Leave this process, and what it starts, every ``workers``-th core.
+
+    Two servers that compute with all cores each get a hundredth of the speed: their threads wait for each
+    other by spinning.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[worker % len(cores) :: workers])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file of tests stays in one process; so do all that start Ray, and all that use a GPU."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((alone for alone in ALONE if alone in file), file)
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(trylast=True)

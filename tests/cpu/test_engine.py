@@ -35,7 +35,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=[(1, 16), (2, 1), (2, 16)], ids=lambda p: f"tp{p[0]}-page{p[1]}")
+@pytest.fixture(scope="module", params=[(1, 16), (2, 1)], ids=lambda p: f"tp{p[0]}-page{p[1]}")
 def engine(request: pytest.FixtureRequest, model_path: Path) -> Iterator[Any]:
     """Engine with as few arguments as a user would give, chunked prefill and SGLang's memory checks on."""
     import sglang

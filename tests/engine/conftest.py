@@ -14,7 +14,7 @@ from ray_nodes import FakeNodes, Namespaces, Nodes, why_no_namespaces
 from ray_servers import FLAGS as RAY_FLAGS
 from ray_servers import SUBJECTS
 from tokenizers import Regex, pre_tokenizers
-from workloads import LLM42_FLAGS, ONE_THREAD, VOCABULARY
+from workloads import DEMO_FLAGS, LLM42_FLAGS, ONE_THREAD, VOCABULARY
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,9 +45,9 @@ def start_server(logs: Path, request: pytest.FixtureRequest) -> Iterator[StartSe
 
 @pytest.fixture(scope="module")
 def demo_server(smollm2: Path, logs: Path) -> Iterator[Server]:
-    """The demo model."""
-    flags = (*LLM42_FLAGS, "--max-total-tokens", "16384", "--chunked-prefill-size", "256")
-    with running(Server(smollm2, logs / "demo.log", flags)) as server:
+    """The demo model, its processes started as SGLang starts them (see ``tests/quick_imports``)."""
+    flags = (*DEMO_FLAGS, "--chunked-prefill-size", "256")
+    with running(Server(smollm2, logs / "demo.log", flags, {"SPAWN": "1"})) as server:
         yield server
 
 

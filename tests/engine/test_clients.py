@@ -11,7 +11,7 @@ import openai
 import pytest
 import sglang as sgl
 from live_server import Server, at_once, running
-from workloads import LLM42_FLAGS
+from workloads import FLOAT32, LLM42_FLAGS, ONE_THREAD
 
 from sglang_ext.llm42.frontend import DeterministicEndpoint
 
@@ -38,7 +38,7 @@ MESSAGES = [{"role": "user", "content": "Which city is the capital of France, an
 @pytest.fixture(scope="module")
 def server(smollm2: Path, logs: Path) -> Iterator[Server]:
     """The demo model with parsers of reasoning and tool calls."""
-    flags = (*LLM42_FLAGS, "--max-total-tokens", "8192", "--reasoning-parser", "qwen3")
+    flags = (*LLM42_FLAGS, *FLOAT32, "--max-total-tokens", "8192", "--reasoning-parser", "qwen3")
     flags += ("--tool-call-parser", "qwen25")
     with running(Server(smollm2, logs / "openai.log", flags)) as server:
         yield server
@@ -192,9 +192,9 @@ def test_what_generates_nothing_cannot_be_marked(server: Server, path: str, body
     assert answer.status_code == 400 and "is_deterministic" in answer.text, answer.text
 
 
-def test_a_server_that_marks_everything_does_so_on_every_endpoint(smollm2: Path, logs: Path) -> None:
+def test_a_server_that_marks_everything_does_so_on_every_endpoint(spelling_llama: Path, logs: Path) -> None:
     flags = (*LLM42_FLAGS, "--max-total-tokens", "8192", "--llm42-mark-all")
-    with running(Server(smollm2, logs / "mark-all.log", flags)) as server:
+    with running(Server(spelling_llama, logs / "mark-all.log", flags, ONE_THREAD)) as server:
         for path, body in ENDPOINTS.items():
             assert _deterministic_rows(server, path, body) > 0, path
             assert _deterministic_rows(server, path, {**body, "is_deterministic": False}) == 0, path

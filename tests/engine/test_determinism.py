@@ -20,18 +20,16 @@ from determinism import (
     unmarked,
 )
 from live_server import Output, Request, Server, StartServer
+from workloads import DEMO_FLAGS
 
 QUESTIONS = (
     "Tell me about the moon.",
     "Write a haiku about rain.",
     "Why is the sky blue?",
-    "List three fruits and their colours.",
     "What is a compiler?",
-    "Explain recursion to a child.",
-    "Who was Ada Lovelace?",
     "Give me a short story about a fox.",
 )
-NEW_TOKENS = 48
+NEW_TOKENS = 40
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.8, "sampling_seed": 7}
 
@@ -71,11 +69,13 @@ def neighbours(prompts: list[tuple[int, ...]]) -> list[Request]:
     ]
 
 
-@pytest.fixture(scope="module", params=[GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def subjects(request: pytest.FixtureRequest, demo_server: Server, prompts: list[tuple[int, ...]]) -> Subjects:
-    """Every prompt, marked, run alone."""
-    sampling = {"max_new_tokens": NEW_TOKENS, **request.param}
-    requests = [Request(prompt, True, sampling) for prompt in prompts]
+@pytest.fixture(scope="module")
+def subjects(demo_server: Server, prompts: list[tuple[int, ...]]) -> Subjects:
+    """Every prompt, marked, run alone; greedy and sampled by turns."""
+    requests = [
+        Request(prompt, True, {"max_new_tokens": NEW_TOKENS, **(GREEDY if i % 2 else SAMPLED)})
+        for i, prompt in enumerate(prompts)
+    ]
     return Subjects(requests, run_alone(demo_server, requests))
 
 
@@ -118,16 +118,7 @@ def test_the_promise_is_not_empty(demo_server: Server, subjects: Subjects, neigh
 
 
 def test_same_output_after_a_restart(
-    start_server: StartServer,
-    smollm2: Path,
-    demo_server: Server,
-    prompts: list[tuple[int, ...]],
-    neighbours: list[Request],
+    start_server: StartServer, smollm2: Path, subjects: Subjects, neighbours: list[Request]
 ) -> None:
-    requests = [
-        Request(prompt, True, {"max_new_tokens": NEW_TOKENS, **(GREEDY if i % 2 else SAMPLED)})
-        for i, prompt in enumerate(prompts)
-    ]
-    expected = run_condition(demo_server, requests, CROWD_OF_8, neighbours)
-    restarted = start_server(smollm2, "--max-total-tokens", "16384", "--chunked-prefill-size", "32")
-    assert not mismatches(restarted, requests, expected, CROWD_OF_17, neighbours)
+    restarted = start_server(smollm2, *DEMO_FLAGS, "--chunked-prefill-size", "32")
+    assert not mismatches(restarted, subjects.requests, subjects.alone, CROWD_OF_17, neighbours)

@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 import pytest
 from live_server import Server, running
 from sglang.test import test_deterministic as program
-from workloads import LLM42_FLAGS
+from workloads import DEMO_FLAGS
 
 
 @pytest.fixture(scope="module")
 def server(smollm2: Path, logs: Path) -> Iterator[Server]:
     """The demo model, every request deterministic."""
-    flags = (*LLM42_FLAGS, "--llm42-mark-all", "--max-total-tokens", "16384")
+    flags = (*DEMO_FLAGS, "--llm42-mark-all")
     with running(Server(smollm2, logs / "sglang.log", flags)) as server:
         yield server
 
@@ -44,7 +44,7 @@ def cached_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def arguments(server: Server, mode: str, **values: Any) -> program.BenchArgs:
     """Arguments of the program's command line."""
     port = urlsplit(server.url).port
-    return program.BenchArgs(host="127.0.0.1", port=port, test_mode=mode, max_new_tokens=32, **values)
+    return program.BenchArgs(host="127.0.0.1", port=port, test_mode=mode, max_new_tokens=20, **values)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
