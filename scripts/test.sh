@@ -17,5 +17,5 @@ run() {
 run ruff check .
 run ruff format --check .
 run mypy
-# Two processes; --no-loadscope-reorder keeps the order of tests/conftest.py: engines last, the longest first.
+# Two processes; --no-loadscope-reorder keeps the order of tests/conftest.py, engines last.
 run pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -22,22 +22,14 @@ QUICK_IMPORTS = str(Path(__file__).parent / "quick_imports")
 
 
 def pytest_configure() -> None:
-    """Let servers start faster, and give each of several test processes cores of its own."""
+    """Let servers start faster, and each of several test processes compute with its share of the cores."""
     path = os.environ.get("PYTHONPATH", "")
     if QUICK_IMPORTS not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [QUICK_IMPORTS, path]))
-    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        share_cores(int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
-
-
-def share_cores(worker: int, workers: int) -> None:
-    """Leave this process, and what it starts, every ``workers``-th core.
-
-    Two servers that compute with all cores each get a hundredth of the speed: their threads wait for each
-    other by spinning.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[worker % len(cores) :: workers])
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        # Servers that compute with all cores at the same time wait for each other by spinning.
+        threads = max(1, len(os.sched_getaffinity(0)) // int(workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
 @pytest.hookimpl(optionalhook=True)

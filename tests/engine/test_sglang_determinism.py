@@ -27,9 +27,11 @@ def cached_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     hits: list[int] = []
     post = program.requests.post
 
-    def recording_post(*args: Any, **kwargs: Any) -> Any:
-        response = post(*args, **kwargs)
-        if args[0].endswith("/generate"):
+    def recording_post(url: str, *args: Any, **kwargs: Any) -> Any:
+        if url.endswith("/flush_cache"):
+            url += "?timeout=30"  # a server that has just answered may not be idle yet, and refuses
+        response = post(url, *args, **kwargs)
+        if url.endswith("/generate"):
             assert response.status_code == 200, response.text
             answers = response.json()
             for answer in answers if isinstance(answers, list) else [answers]:

@@ -35,6 +35,12 @@ def _subjects() -> list[Request]:
     ]
 
 
+@pytest.fixture(scope="module")
+def alone(server: SabotagedServer) -> list[Output]:
+    """What each subject gives alone, with a cold cache."""
+    return run_alone(server, _subjects())
+
+
 NEIGHBOURS = [
     Request(prompt, False, {"max_new_tokens": 30, "temperature": 0.9, "top_k": 30})
     for prompt in random_prompts(9, 10, 80, seed=7)
@@ -50,11 +56,12 @@ def test_canonical_passes_are_cut_from_the_start(server: SabotagedServer) -> Non
 
 
 @pytest.mark.parametrize("condition", [CROWD_OF_17, CROWD_OF_8, ALONE_WARM], ids=lambda c: c.name)
-def test_the_same_output_alone_and_in_crowds(server: SabotagedServer, condition: Condition) -> None:
+def test_the_same_output_alone_and_in_crowds(
+    server: SabotagedServer, alone: list[Output], condition: Condition
+) -> None:
     subjects = _subjects()
-    server.reset_statistics()
-    alone = run_alone(server, subjects)
     assert len({output.token_ids for output in alone}) == len(subjects)
+    server.reset_statistics()
     assert not mismatches(server, subjects, alone, condition, NEIGHBOURS)
     counters = server.statistics()
     assert counters["verify_forward_passes"] > len(subjects) and counters["rollbacks"] > 0
