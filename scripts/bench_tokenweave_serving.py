@@ -8,6 +8,7 @@ Contenders, all up at the same time on the same GPUs and taking turns, so that r
     fused             --enable-tokenweave --tokenweave-split never: the fused step, no batch is cut
     woven             --enable-tokenweave, with a tuning table made on these GPUs, after it has learned
     no-communication  stock without all-reduces (scripts/no_communication): nonsense output, the bound
+    woven-unreserved  woven, with --no-tokenweave-reserve: products use all multiprocessors (if asked for)
 
 The models have random weights and few layers, so that four of each fit. Results are kept in a state file; an
 interrupted run goes on where it stopped. Writes a Markdown report, CSV, and a PNG if matplotlib is there.
@@ -76,7 +77,11 @@ CONTENDERS: dict[str, tuple[str, ...]] = {
     "fused": ("--enable-tokenweave", "--tokenweave-split", "never"),
     "woven": ("--enable-tokenweave",),
     "no-communication": ("--enforce-disable-flashinfer-allreduce-fusion",),
+    "woven-unreserved": ("--enable-tokenweave", "--no-tokenweave-reserve"),
 }
+DEFAULT_CONTENDERS = ("stock", "fused", "woven", "no-communication")
+#: Those that cut batches.
+WOVEN = ("woven", "woven-unreserved")
 #: The bound may differ in what else SGLang does, so it is no contender for "never loses".
 STOCK, BOUND = "stock", "no-communication"
 
@@ -163,7 +168,7 @@ def start(
 
     def begin(name: str) -> Server | str:
         own = list(CONTENDERS[name])
-        if name == "woven":
+        if name in WOVEN:
             own += ["--tokenweave-table", str(folder / "tables")]
         environment = {}
         if name == BOUND:
@@ -191,7 +196,7 @@ def measure(
     prefills = [load for load in PREFILLS if load.prompt <= arguments.longest]
     for name, server in servers.items():
         # A server that cuts batches tries both ways on the first ones of each size.
-        times = len(ORDER) + 1 if name == "woven" else 1
+        times = len(ORDER) + 1 if name in WOVEN else 1
         for load, number in product((*prefills, Load("warm-up", 16, 256, 16)), range(times)):
             if name not in lost:
                 seed = zlib.crc32(f"warm-up {load.name} {number}".encode())
@@ -318,7 +323,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=list(MODELS), default="llama-70b")
     parser.add_argument("--layers", type=int, default=20, help="of the random model (default: 20)")
     parser.add_argument("--tp-size", type=int, required=True)
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
+    parser.add_argument(
+        "--contenders", default=",".join(DEFAULT_CONTENDERS), help=f"of {', '.join(CONTENDERS)}"
+    )
     parser.add_argument("--rounds", type=int, default=9, help="of each prefill (default: 9)")
     parser.add_argument("--throughput-rounds", type=int, default=2, help="of the other loads (default: 2)")
     parser.add_argument("--longest", type=int, default=16384, help="prefill in tokens (default: 16384)")
@@ -358,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = common_flags(arguments, folder)
         names = arguments.contenders.split(",")
         try:
-            if "woven" in names:
+            if set(WOVEN).intersection(names):
                 printed = tune(arguments, folder).replace(str(folder), "FOLDER")
                 notes += printed.splitlines()
                 say(printed)
