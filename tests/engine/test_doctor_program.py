@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 from live_server import sabotage_variables
 from models import write_tiny_experts, write_tiny_llama
-from workloads import ONE_THREAD
+from workloads import FLOAT32, ONE_THREAD
 
 FLAGS = ("--llm42-window-size", "8", "--llm42-verify-batch-size", "3", "--context-length", "80")
 TIME_LIMIT_S = 300
-
-#: In bf16 the products of these small shapes have the same bits for any number of rows.
-FLOAT32 = ("--dtype", "float32")
 
 
 def _doctor(model: Path, folder: Path, *flags: str, sabotage: str = "") -> tuple[int, dict[str, Any]]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from live_server import Output, Request, Server, running
-from workloads import ONE_THREAD, random_prompts
+from workloads import FLOAT32, ONE_THREAD, random_prompts
 
 #: In float32 products of other sizes differ too little to change greedy tokens. Prompts are computed in
 #: chunks, so that cuts lie within sequences that continue a prefix.
 FLAGS = (
-    *("--skip-tokenizer-init", "--dtype", "float32", "--max-total-tokens", "2048"),
+    *("--skip-tokenizer-init", *FLOAT32, "--max-total-tokens", "2048"),
     *("--chunked-prefill-size", "48", "--tp-size"),
 )
 

@@ -35,16 +35,16 @@ def _subjects() -> list[Request]:
     ]
 
 
-@pytest.fixture(scope="module")
-def alone(server: SabotagedServer) -> list[Output]:
-    """What each subject gives alone, with a cold cache."""
-    return run_alone(server, _subjects())
-
-
 NEIGHBOURS = [
     Request(prompt, False, {"max_new_tokens": 30, "temperature": 0.9, "top_k": 30})
     for prompt in random_prompts(9, 10, 80, seed=7)
 ]
+
+
+@pytest.fixture(scope="module")
+def alone(server: SabotagedServer) -> list[Output]:
+    """What each subject gives alone, with a cold cache."""
+    return run_alone(server, _subjects())
 
 
 def test_canonical_passes_are_cut_from_the_start(server: SabotagedServer) -> None:

@@ -15,8 +15,9 @@ LLM42_FLAGS = ("--enable-llm42", "--llm42-window-size", "16", "--llm42-verify-ba
 #: compute for a second.
 DEMO_FLAGS = (*LLM42_FLAGS, "--llm42-verify-batch-size", "2", "--max-total-tokens", "16384")
 
-#: For the demo model where no test needs that rounding: without instructions for bfloat16, products of a
-#: canonical pass take four to seven times as long in it.
+#: Where a test does not need that rounding: without instructions for bfloat16, products of the demo model's
+#: canonical passes take four to seven times as long in it. And where it would hide something: in bfloat16,
+#: products of the tiny models have the same bits for any number of rows.
 FLOAT32 = ("--dtype", "float32")
 
 #: For the random models, whose operators are too small to share between threads.
