@@ -147,6 +147,9 @@ CONTENDERS = {
         Contender("ours-5", "ours", 5),
         Contender("ours-20", "ours", 20),
         Contender("in-turn-100", "in-turn", 100),
+        Contender("verified-100", "verified", 100),
+        Contender("verified-50", "verified", 50),
+        Contender("verified-10", "verified", 10),
         Contender("one-size-100", "one-size", 100),
         Contender("one-size-10", "one-size", 10),
     )
@@ -340,6 +343,7 @@ def system_flags(system: str, arguments: argparse.Namespace) -> list[str]:
     variant = {
         "in-turn": ["--llm42-disable-overlap-verification"],
         "one-size": ["--llm42-disable-smaller-passes"],
+        "verified": ["--llm42-canonical-decode", "never"],
     }.get(system, [])
     return ["--enable-llm42", *map(str, shape), *variant, *shlex.split(arguments.ours_flags)]
 

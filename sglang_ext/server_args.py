@@ -13,6 +13,7 @@ from sglang.srt.server_args import ServerArgs as SGLangServerArgs
 
 from sglang_ext import hooks
 from sglang_ext.llm42 import requirements
+from sglang_ext.llm42.decode_policy import DecodeMode
 from sglang_ext.ray import requirements as ray_requirements
 from sglang_ext.ray.requirements import RaySettings
 from sglang_ext.tokenweave.config import TokenWeaveConfig
@@ -63,6 +64,7 @@ class ServerArgs(SGLangServerArgs):
     llm42_mark_all: A[bool, _OURS] = False
     llm42_disable_overlap_verification: A[bool, _OURS] = False
     llm42_disable_smaller_passes: A[bool, _OURS] = False
+    llm42_canonical_decode: A[str, _OURS] = "auto"
     llm42_commit_log: A[str | None, _OURS] = None
     llm42_commit_log_max_bytes: A[int, _OURS] = 256 * 1024 * 1024
     llm42_commit_log_keep: A[int, _OURS] = 4
@@ -153,6 +155,15 @@ class ServerArgs(SGLangServerArgs):
             default=ServerArgs.llm42_disable_smaller_passes,
             help="Always compute W times G rows. Otherwise a canonical pass that carries less is smaller, "
             "where the certification at start finds that this gives the same bits.",
+        )
+        group.add_argument(
+            "--llm42-canonical-decode",
+            choices=[mode.value for mode in DecodeMode],
+            default=ServerArgs.llm42_canonical_decode,
+            help="Run decode steps in the shape and with the attention of canonical passes, so that what "
+            "they decide needs no verification: auto (on a GPU, where enough rows of a step are "
+            "deterministic), always or never. Deterministic output is the same either way "
+            "(default: %(default)s).",
         )
         group.add_argument(
             "--llm42-commit-log",

@@ -20,12 +20,23 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
     entries of ``out_cache_loc`` belong to segment g. Keys and values are written before anything is read, so
     segments of one request in ascending position see each other. The backend holds no state per pass.
 
+    Args:
+        product_rows: rows that each product is padded to, so that its rows have the bits that they have in
+            segments of so many rows; at least, and by default, ``rows``.
+
     Raises:
         ValueError: the pool is one whose slots cannot be read one by one, or segments or rows are not
             positive.
     """
 
-    def __init__(self, model_runner: Any, segments: int, rows: int, tile: int = DEFAULT_TILE) -> None:
+    def __init__(
+        self,
+        model_runner: Any,
+        segments: int,
+        rows: int,
+        tile: int = DEFAULT_TILE,
+        product_rows: int | None = None,
+    ) -> None:
         super().__init__(model_runner)
         if segments < 1 or rows < 1:
             raise ValueError(f"a canonical pass needs segments and rows, got {segments} and {rows}")
@@ -37,6 +48,7 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
         self.segments = segments
         self.rows = rows
         self.tile = tile
+        self.padding = 0 if product_rows is None else product_rows - rows
 
     def forward_extend(
         self,
@@ -63,13 +75,14 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         start = forward_batch.extend_prefix_lens.to(torch.int64)
-        positions = int(start.max()) + self.rows
+        positions = int(start.max()) + self.rows + self.padding
         table = self.req_to_token_pool.req_to_token
         slots = table[forward_batch.req_pool_indices, :positions].to(torch.int64)
         # Padded rows of a segment at the end of the context have positions behind the table.
         slots = torch.nn.functional.pad(slots, (0, positions - slots.shape[1]))
+        queries = q.reshape(self.segments, self.rows, layer.tp_q_head_num, layer.qk_head_dim)
         output = canonical_attention(
-            q.reshape(self.segments, self.rows, layer.tp_q_head_num, layer.qk_head_dim),
+            torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, self.padding)),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             slots,
@@ -78,6 +91,7 @@ class CanonicalCpuAttnBackend(TorchNativeAttnBackend):
             layer.logit_cap,
             self.tile,
         )
+        output = output[:, : self.rows]
         return output.reshape(self.segments * self.rows, layer.tp_q_head_num * layer.v_head_dim)
 
     def _check(self, q: torch.Tensor, layer: Any, forward_batch: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,7 +17,7 @@ from sglang_ext.doctor.comparison import WHOLE_PASS, Comparison
 from sglang_ext.doctor.fingerprint import agree, fingerprint, of_all_ranks
 from sglang_ext.doctor.probes import Space
 from sglang_ext.doctor.report import Certificate, SizeReport
-from sglang_ext.doctor.workspace import Workspace, borrow
+from sglang_ext.doctor.workspace import Workspace, borrow, room
 
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
@@ -180,3 +181,49 @@ def _compare_size(
     bench.run(probes.quick_trials(space), None if quick else probes.reference(space))
     logits = next(report for report in bench.comparison.reports() if report.operator == WHOLE_PASS)
     return SizeReport(segments, logits.comparisons, logits.differences)
+
+
+def certify_decode(
+    full: AnyCanonicalPass, steps: Iterable[AnyCanonicalPass], quick: bool = False
+) -> tuple[SizeReport, ...]:
+    """Compare canonical decode steps, passes of one row per segment, with the ``full`` pass, row by row.
+
+    Every tensor-parallel rank must call it, before traffic: it borrows from the memory pools.
+
+    Returns:
+        A report for each step, in the order of ``steps``, the same on all ranks.
+
+    Raises:
+        CertificationError: the memory pools are too small for any probe of the full pass.
+    """
+    steps = list(steps)
+    if not steps:
+        return ()
+    space, _ = space_of(full, quick)
+    runner = full.model_runner
+    most = min(max(step.segments for step in steps), len(runner.req_to_token_pool.free_slots))
+    while most > 1 and room(runner, most, 1) < 1:
+        most //= 2
+    length = min(space.length, room(runner, most, 1), probes.STEP_LENGTH if quick else space.length)
+    space = dataclasses.replace(space, length=max(1, length))
+    with borrow(runner, most, 1, space.length) as workspace:
+        bench = Bench(full, space, workspace)
+        bench.run((), probes.reference(space))
+        reports = [_compare_step(bench.comparison, step, space, most, workspace, quick) for step in steps]
+    of_ranks = cast("list[list[SizeReport]]", of_all_ranks(reports, group_of(full)))
+    return tuple(max(each, key=lambda report: report.differences) for each in zip(*of_ranks, strict=True))
+
+
+def _compare_step(
+    seen: Comparison, step: AnyCanonicalPass, full: Space, most: int, workspace: Workspace, quick: bool
+) -> SizeReport:
+    """Run trials on a decode step where the keys and values of the full pass are, then the whole probe on the
+    keys and values of such steps."""
+    space = Space(step.segments, 1, min(step.segments, most), full.length)
+    comparison = copy.deepcopy(seen)
+    comparison.rows = 1
+    bench = Bench(step, space, workspace, comparison=comparison)
+    bench.run(probes.quick_trials(space) if quick else probes.step_trials(space))
+    bench.run((probes.row_by_row(space),))
+    logits = next(report for report in bench.comparison.reports() if report.operator == WHOLE_PASS)
+    return SizeReport(step.segments, logits.comparisons, logits.differences, decode=True)

@@ -16,6 +16,9 @@ TILE = 64
 #: Tiles that the prefixes of a full certification reach over.
 TILES = 3
 
+#: Positions of the probe of decode steps at server start, which compute it row by row.
+STEP_LENGTH = 320
+
 #: The sequence that is computed first and compared against; others are its neighbours.
 PROBE = 0
 
@@ -166,6 +169,23 @@ def full_trials(space: Space) -> Iterator[Trial]:
     for lengths in ([max(1, space.rows - 1)], [1, space.rows, max(1, space.rows // 2)]):
         request = ProbeRequest(PROBE)
         yield Trial("recomputed, cut otherwise, in other slots", (request,), tuple(_cut(space, lengths)))
+
+
+def step_trials(space: Space) -> Iterator[Trial]:
+    """For decode steps, which have one row in a segment: every place of a row, beside every other prefix."""
+    starts = _starts(space)
+    for start in starts:
+        requests = (ProbeRequest(PROBE, start),) * space.concurrent
+        yield Trial("every row", requests, (_placements(space, requests),))
+    for variant in range(3):
+        yield _recut(space, "neighbours changed", shift=1 + variant, strangers=True, phase=variant)
+    yield from _mixed(space, starts, "prefixes mixed")
+    yield from _mixed(space, starts, "KV poisoned with NaN", garbage=Garbage.NAN)
+
+
+def row_by_row(space: Space) -> Trial:
+    """The whole probe as decode steps compute it: each row in a segment, on keys and values of such rows."""
+    return Trial("recomputed row by row", (ProbeRequest(PROBE),), tuple(_cut(space, [1])))
 
 
 def _starts(space: Space) -> list[int]:

@@ -63,27 +63,31 @@ class OperatorReport:
 
 @dataclass(frozen=True)
 class SizeReport:
-    """Comparison of a smaller canonical pass with the full one.
+    """Comparison of another canonical pass, or of a canonical decode step, with the full pass.
 
     Attributes:
-        segments: its number of segments.
+        segments: its number of segments; of a decode step, its rows.
         comparisons: rows whose logits were compared.
         differences: those whose bits differed.
+        decode: whether it is a decode step.
     """
 
     segments: int
     comparisons: int
     differences: int
+    decode: bool = False
 
     @property
     def passed(self) -> bool:
-        """Whether passes of this size may run: rows were compared, and none differed."""
+        """Whether passes or steps of this size may run: rows were compared, and none differed."""
         return self.comparisons > 0 and self.differences == 0
 
     def __str__(self) -> str:
         verdict = "equal bits" if self.passed else "OTHER BITS, not used"
         rows = f"{self.differences} of {self.comparisons} rows differ"
-        return f"passes of {self.segments} segments: {verdict} ({rows})"
+        kind, unit = ("decode steps", "rows") if self.decode else ("passes", "segments")
+        what = f"{kind} of {self.segments} {unit}"
+        return f"{what}: {verdict} ({rows})"
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Certificate:
         threads: compute threads of torch; on a CPU, part of what the fingerprint depends on.
         seconds: duration.
         notes: what was left out, and why.
-        sizes: smaller passes that were compared with the full one.
+        sizes: smaller passes and canonical decode steps that were compared with the full pass.
     """
 
     fingerprint: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,3 +29,31 @@ def canonical_attention_factory(model_runner: ModelRunner) -> AttentionFactory:
         f"--enable-llm42 has no row-invariant attention for device {model_runner.device!r}; "
         "it runs with --device cpu or cuda"
     )
+
+
+def decode_attention_factory(model_runner: ModelRunner, window_size: int) -> AttentionFactory:
+    """The same for canonical decode steps, which never run at the same time: on a GPU they share memory.
+
+    Args:
+        window_size: rows of a segment of the passes whose bits theirs are to be.
+
+    Raises:
+        NotImplementedError: there is none for this device yet.
+    """
+    if model_runner.device == "cpu":
+        from sglang_ext.cpu.backend import CanonicalCpuAttnBackend
+
+        return partial(CanonicalCpuAttnBackend, product_rows=window_size)
+    if model_runner.device != "cuda":
+        return canonical_attention_factory(model_runner)
+    from sglang_ext.llm42.flashinfer_attention import CanonicalFlashInferBackend, Scratch
+
+    scratch: Scratch | None = None
+
+    def make(model_runner: ModelRunner, segments: int, rows: int) -> CanonicalFlashInferBackend:
+        nonlocal scratch
+        backend = CanonicalFlashInferBackend(model_runner, segments, rows, scratch)
+        scratch = backend.scratch
+        return backend
+
+    return make

@@ -17,9 +17,11 @@ import torch
 
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable, CanonicalPass, PassSegment
 from sglang_ext.llm42.pass_sizes import PassSizes, smaller_sizes
+from sglang_ext.llm42.row_padding import find_padding
 from sglang_ext.tokenweave import runtime as tokenweave
 
 if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sglang_ext.llm42.lane import LaneConfig
@@ -91,13 +93,27 @@ class CapturedCanonicalPass:
     @torch.no_grad()
     def run(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> torch.Tensor:
         """As :meth:`CanonicalPass.run`, on the current stream; the logits are overwritten by the next run."""
-        batch = self.eager.forward_batch(segments, candidates)
-        self.eager.attention.init_forward_metadata(batch)
-        for name in INPUTS:
-            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
+        self._fill(self.eager.forward_batch(segments, candidates))
         self.inputs_read.record()
         self._graph.replay()
         return self._logits
+
+    @torch.no_grad()
+    def run_rows(self, decode: ForwardBatch, positions: Sequence[int]) -> torch.Tensor:
+        """As :meth:`CanonicalPass.run_rows`, on the current stream; the next run overwrites the logits."""
+        self._fill(self.eager.batch_of_rows(decode, positions))
+        # SGLang's scheduler lets its next changes of these tables wait for this event, or for the whole step.
+        read = torch.cuda.Event()
+        read.record()
+        self.model_runner.war_fastpath_read_done_event = read
+        self._graph.replay()
+        return self._logits[: len(positions), 0]
+
+    def _fill(self, batch: ForwardBatch) -> None:
+        """Bring to the graph's addresses what it reads of ``batch``."""
+        self.eager.attention.init_forward_metadata(batch)
+        for name in INPUTS:
+            getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
 
     @torch.no_grad()
     def _capture(self, pool: Any) -> torch.Tensor:
@@ -148,10 +164,21 @@ def canonical_passes_for(
     """
     sizes = smaller_sizes(config.verify_batch_size) if config.smaller_passes else ()
     woven = _woven_sizes(model_runner, config, sizes, attention)
-    full, *smaller = (
-        CanonicalPass(model_runner, size, config.window_size, attention, halves=size in woven)
-        for size in (config.verify_batch_size, *sizes)
+    rows = config.window_size
+    full = CanonicalPass(
+        model_runner, config.verify_batch_size, rows, attention, halves=config.verify_batch_size in woven
     )
+    smaller = [
+        CanonicalPass(
+            model_runner,
+            size,
+            rows,
+            attention,
+            halves=size in woven,
+            padding=None if woven else find_padding(model_runner.model, size * rows, full.segments * rows),
+        )
+        for size in sizes
+    ]
     if torch.device(full.device).type != "cuda":
         return PassSizes(full, smaller)
     captured = CapturedCanonicalPass(full)

@@ -14,6 +14,7 @@ import torch
 
 from sglang_ext.llm42.canonical_scope import canonical_scope
 from sglang_ext.llm42.lane import SegmentKind
+from sglang_ext.llm42.row_padding import RowPadding
 from sglang_ext.llm42.transfer import to_device
 from sglang_ext.tokenweave.canonical import HalvedAttention
 
@@ -86,6 +87,7 @@ class CanonicalPass:
         rows: W, of each segment.
         attention: factory of the row-invariant attention backend.
         halves: whether TokenWeave runs the pass as two equal halves.
+        padding: products of more rows than the pass has.
 
     Attributes:
         cut: rows of the first half, None for a pass that runs whole.
@@ -98,12 +100,14 @@ class CanonicalPass:
         rows: int,
         attention: AttentionFactory,
         halves: bool = False,
+        padding: RowPadding | None = None,
     ) -> None:
         self.model_runner = model_runner
         self.segments = segments
         self.rows = rows
         self.device = model_runner.device
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
+        self._padding = RowPadding() if padding is None else padding
         self.cut: int | None = None
         self.attention: CanonicalAttention
         if halves:
@@ -143,18 +147,13 @@ class CanonicalPass:
         """The model's layers over ``batch``, whose attention was planned; logits ``[G, W, vocabulary]``."""
         from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-        with canonical_scope(), forward_context(ForwardContext(attn_backend=self.attention)):
+        attention = forward_context(ForwardContext(attn_backend=self.attention))
+        with canonical_scope(), self._padding.applied(), attention:
             output = self.model_runner.model.forward(batch.input_ids, batch.positions, batch)
         return output.next_token_logits.view(self.segments, self.rows, -1)
 
     def forward_batch(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> ForwardBatch:
         """The batch of a pass: token ids, positions and KV slots of all rows, as :meth:`forward` takes it."""
-        from sglang.srt.model_executor.forward_batch_info import (
-            CaptureHiddenMode,
-            ForwardBatch,
-            ForwardMode,
-        )
-
         free = self.segments - len(segments)
         starts_cpu = [s.start for s in segments] + [0] * free
         # One copy: on a GPU each costs more than what it carries.
@@ -173,21 +172,71 @@ class CanonicalPass:
         slots = self._req_to_token[pool[:, None], positions].to(torch.int64)
         # Padded rows write their keys and values into SGLang's padding slot 0.
         slots = torch.where(used, slots, 0)
-        seq_lens_cpu = torch.tensor([start + self.rows for start in starts_cpu], dtype=torch.int64)
+        ids = self._token_ids(segments, candidates, pool, positions, used & verify.to(torch.bool)[:, None])
+        return self._batch(ids, pool, starts, starts_cpu, positions.reshape(-1), slots.reshape(-1))
+
+    @torch.no_grad()
+    def run_rows(self, decode: ForwardBatch, positions: Sequence[int]) -> torch.Tensor:
+        """Run a pass of one row per segment whose rows are those of a decode batch of SGLang's.
+
+        Args:
+            decode: at most G rows: token ids, places in ``req_to_token`` and KV slots are read. A row without
+                a request of its own stands at position 0 and writes to slot 0.
+            positions: of these rows, on the host.
+
+        Returns:
+            Logits of these rows, ``[rows, vocabulary]``.
+        """
+        batch = self.batch_of_rows(decode, positions)
+        self.attention.init_forward_metadata(batch)
+        return self.forward(batch)[: len(positions), 0]
+
+    def batch_of_rows(self, decode: ForwardBatch, positions: Sequence[int]) -> ForwardBatch:
+        """The batch of :meth:`run_rows`, padded to G rows."""
+        if self.rows != 1 or len(positions) > self.segments:
+            raise ValueError(f"{len(positions)} rows do not fit {self.segments} segments of {self.rows} rows")
+        free = self.segments - len(positions)
+        ids, pool, lengths, slots = (
+            torch.nn.functional.pad(tensor.to(torch.int64), (0, free))
+            for tensor in (decode.input_ids, decode.req_pool_indices, decode.seq_lens, decode.out_cache_loc)
+        )
+        starts = (lengths - 1).clamp_(min=0)
+        return self._batch(ids, pool, starts, [*positions, *([0] * free)], starts, slots)
+
+    def _batch(
+        self,
+        token_ids: torch.Tensor,
+        pool: torch.Tensor,
+        starts: torch.Tensor,
+        starts_cpu: list[int],
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> ForwardBatch:
+        """The batch of G segments.
+
+        Args:
+            token_ids, positions, slots: int64 ``[G * W]``.
+            pool, starts: int64 ``[G]``; ``starts_cpu`` holds the latter on the host.
+        """
+        from sglang.srt.model_executor.forward_batch_info import (
+            CaptureHiddenMode,
+            ForwardBatch,
+            ForwardMode,
+        )
+
         total = self.segments * self.rows
+        seq_lens_cpu = torch.tensor(starts_cpu, dtype=torch.int64) + self.rows
         batch = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=self.segments,
-            input_ids=self._token_ids(
-                segments, candidates, pool, positions, used & verify.to(torch.bool)[:, None]
-            ),
+            input_ids=token_ids,
             req_pool_indices=pool,
             seq_lens=starts + self.rows,
-            out_cache_loc=slots.reshape(-1),
+            out_cache_loc=slots,
             seq_lens_sum=int(seq_lens_cpu.sum()),
             seq_lens_cpu=seq_lens_cpu,
             orig_seq_lens=(starts + self.rows).to(torch.int32),
-            positions=positions.reshape(-1),
+            positions=positions,
             extend_num_tokens=total,
             extend_seq_lens=torch.full((self.segments,), self.rows, dtype=torch.int32, device=self.device),
             extend_prefix_lens=starts.to(torch.int32),

@@ -11,9 +11,11 @@ from sglang_ext.llm42.request import DeterministicRequest, Verdict
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_ext.llm42.logprobs import TokenLogprobs
+
 
 def commit(req: Req, verdicts: Sequence[Verdict]) -> list[int]:
-    """Commit what canonical passes decided, one token at a time, up to the first finish.
+    """Commit what canonical passes and decode steps decided, one token at a time, up to the first finish.
 
     SGLang would check several new tokens as one lump (length, then strings, then end of sequence), which
     makes the finish reason depend on where a window ended. Here each token is checked as if it had been
@@ -59,6 +61,29 @@ def commit(req: Req, verdicts: Sequence[Verdict]) -> list[int]:
     return kept
 
 
+def commit_decoded(
+    req: Req, state: DeterministicRequest, token: int, entry: TokenLogprobs | None
+) -> list[int]:
+    """Commit the one token that a canonical decode step decided, as :func:`commit` does with several.
+
+    SGLang's own check of a single token is ours, so it is left to SGLang.
+
+    Args:
+        state: that of ``req``, of which nothing else waits to be committed.
+        entry: its log-probabilities, if the request wants them.
+    """
+    if req.to_finish is not None:
+        return []
+    before = len(req.output_ids)
+    state.log.commit_decoded(before, token)
+    state.decided.append(token)
+    if entry is not None:
+        state.output_logprobs.append(entry)
+    state.unchecked = True
+    req.kv_committed_len = len(req.origin_input_ids) + before
+    return [token]
+
+
 def _refused(state: DeterministicRequest) -> bool:
     """Whether the grammar did not accept the last token; SGLang ends the request there."""
     return state.committed is not None and state.committed.refused
@@ -81,6 +106,9 @@ def _append_verdict(req: Req, state: DeterministicRequest, verdict: Verdict) -> 
         state.log.commit_prefill(len(req.origin_input_ids), req.cached_tokens, kept[0])
         state.insert_prompt = True
         return
+    if verdict.by_decode:
+        state.log.commit_decoded(start, kept[0])
+        return
     tokens = kept + list(verdict.tokens[len(kept) :])
     state.log.commit_window(
         start, tokens, matched=verdict.matched, candidates=verdict.candidates, kept=len(kept)
@@ -90,7 +118,9 @@ def _append_verdict(req: Req, state: DeterministicRequest, verdict: Verdict) -> 
 def update_finish_state(original: object, req: Req, new_accepted_len: int = 1) -> None:
     """Around ``Req.update_finish_state``: a deterministic request's tokens were checked when committed."""
     state = deterministic.of(req)
-    if state is None or state.committing or req.to_finish is not None:
+    if state is None or state.committing or state.unchecked or req.to_finish is not None:
+        if state is not None:
+            state.unchecked = False
         original(req, new_accepted_len)  # type: ignore[operator]
     elif state.stashed_finish is not None:
         req.finished_reason, req.finished_len = state.stashed_finish

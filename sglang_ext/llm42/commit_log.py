@@ -77,6 +77,18 @@ class WindowCommit:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeCommit:
+    """Tokens that canonical decode steps decided one after the other; none of them was a candidate.
+
+    start: output index of the first token.
+    count: tokens committed, at least one.
+    """
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Retract:
     """The request gave its memory back and waits for re-admission; its output tokens are kept."""
 
@@ -91,11 +103,12 @@ class Release:
     output_tokens: int
 
 
-Record = PrefillCommit | WindowCommit | Retract | Release
+Record = PrefillCommit | WindowCommit | DecodeCommit | Retract | Release
 
 _KINDS: dict[str, type[Record]] = {
     "prefill": PrefillCommit,
     "window": WindowCommit,
+    "decode": DecodeCommit,
     "retract": Retract,
     "release": Release,
 }
@@ -104,6 +117,7 @@ _KIND_OF = {record_type: kind for kind, record_type in _KINDS.items()}
 _DERIVED_KEYS = {
     "prefill": {"kind", "tokens"},
     "window": {"kind", "tokens", "corrected", "rolled_back"},
+    "decode": {"kind", "tokens"},
     "retract": {"kind"},
     "release": {"kind"},
 }
@@ -114,7 +128,7 @@ class CommitLog:
 
     Every method checks its arguments before it changes anything and raises :class:`CommitLogError` when
     an invariant would break: commits only grow, a window commits at least one token, a rollback never
-    reaches below the commit point, one prefill per admission comes before its windows, only a release
+    reaches below the commit point, one prefill per admission comes before everything else, only a release
     follows a window cut by a finish, nothing follows a release.
 
     Tokens are stored once (four bytes each); records hold counts.
@@ -124,6 +138,7 @@ class CommitLog:
         self._records: list[Record] = []
         self._tokens = array(_TOKEN_TYPECODE)
         self._hash = hashlib.sha256(_DIGEST_TAG)
+        self._hashed = 0
         self._prompt_tokens: int | None = None
         self._prefilled = False
         # Totals over the records: meta_info reads them with every streamed chunk, and a sum over all
@@ -154,6 +169,9 @@ class CommitLog:
     def digest(self) -> str:
         """SHA-256, in hex, over the committed output token ids alone (little-endian 32-bit, after a
         version tag): independent of windows, rollbacks and retractions."""
+        new = self._tokens[self._hashed :]
+        self._hash.update(struct.pack(f"<{len(new)}I", *new))
+        self._hashed = len(self._tokens)
         return self._hash.hexdigest()
 
     @property
@@ -248,6 +266,27 @@ class CommitLog:
         self._append(record, tokens[:kept])
         return record
 
+    def commit_decoded(self, start: int, token: int) -> DecodeCommit:
+        """Commit a token that a canonical decode step decided.
+
+        Consecutive ones share a record, which grows: a record for each token would weigh more than the token.
+
+        start: output index that the token takes; it must be the commit point.
+        Raises CommitLogError.
+        """
+        last = self._records[-1] if self._records else None
+        if not isinstance(last, DecodeCommit):
+            record = DecodeCommit(start, 1)
+            self._append(record, [token])
+            return record
+        # Once for each token of the output.
+        if start != len(self._tokens):
+            self._check_span(start, 1, 1)
+        _check_tokens((token,))
+        self._tokens.append(token)
+        self._records[-1] = record = DecodeCommit(last.start, last.count + 1)
+        return record
+
     def retract(self, output_tokens: int) -> Retract:
         """Record a retraction. ``output_tokens`` is the scheduler's count and must be all committed."""
         record = Retract(output_tokens)
@@ -317,7 +356,7 @@ class CommitLog:
 
     def _as_json(self, record: Record) -> dict[str, Any]:
         fields: dict[str, Any] = {"kind": _KIND_OF[type(record)], **asdict(record)}
-        if isinstance(record, (PrefillCommit, WindowCommit)):
+        if isinstance(record, (PrefillCommit, WindowCommit, DecodeCommit)):
             fields["tokens"] = self._tokens[record.start : record.start + record.count].tolist()
         if isinstance(record, WindowCommit):
             fields["corrected"] = record.corrected
@@ -335,12 +374,13 @@ class CommitLog:
                 self._check_prefill(record, len(tokens))
             case WindowCommit():
                 self._check_window(record, len(tokens))
+            case DecodeCommit():
+                self._check_decoded(record, len(tokens))
             case Retract() | Release():
                 self._check_kept(record)
 
         self._records.append(record)
         self._tokens.extend(tokens)
-        self._hash.update(struct.pack(f"<{len(tokens)}I", *tokens))
         match record:
             case PrefillCommit():
                 self._prompt_tokens = record.prompt_tokens
@@ -396,6 +436,13 @@ class CommitLog:
         if record.cut and record.count > record.matched:
             # The token after the last match is the last one judged: with it the window is whole.
             raise CommitLogError("a cut window ends on a matched candidate")
+
+    def _check_decoded(self, record: DecodeCommit, given: int) -> None:
+        if not self._prefilled:
+            raise CommitLogError("decoded tokens need a prefill commit of this admission first")
+        self._check_span(record.start, record.count, given)
+        if record.count < 1:
+            raise CommitLogError("a decode record commits at least one token")
 
     def _check_span(self, start: int, count: int, given: int) -> None:
         _check_count("start", start)

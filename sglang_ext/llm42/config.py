@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sglang_ext.llm42.decode_policy import DecodeMode
 from sglang_ext.llm42.lane import LaneConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Llm42Config:
             ``--llm42-disable-overlap-verification``.
         smaller_passes: whether passes of fewer segments run where they give the same bits, unless
             ``--llm42-disable-smaller-passes``.
+        canonical_decode: when decode steps run in a canonical shape, ``--llm42-canonical-decode``.
     """
 
     window_size: int
@@ -37,6 +39,7 @@ class Llm42Config:
     max_wait_steps: int
     overlap_verification: bool = True
     smaller_passes: bool = True
+    canonical_decode: DecodeMode = DecodeMode.AUTO
 
     @classmethod
     def from_server_args(cls, server_args: ServerArgs) -> Llm42Config:
@@ -47,6 +50,7 @@ class Llm42Config:
             max_wait_steps=server_args.llm42_max_wait_steps,
             overlap_verification=not server_args.llm42_disable_overlap_verification,
             smaller_passes=not server_args.llm42_disable_smaller_passes,
+            canonical_decode=DecodeMode(server_args.llm42_canonical_decode),
         )
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_ext.llm42 import marked_rows, sampling
+from sglang_ext.llm42 import logprobs, marked_rows, sampling
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.transfer import to_device
 
@@ -44,21 +44,27 @@ class DecodeStep:
     Attributes:
         reqs: the batch's requests, row by row.
         positions: position at which each row writes KV; 0 for an idle row.
-        drafting: rows that draft a candidate.
+        drafting: rows that draft a candidate, or decide a token.
         idle: rows that have nothing to decode: prompt unfinished, or enough candidates waiting.
-        drafted: rows that did draft a candidate, once they have.
+        size: rows that are computed if the step is canonical, else None.
+        deciding: the drafting rows of a canonical step whose token is final.
+        drafted: rows that did draw a token, once they have.
         narrow: of each of these, whether its candidate won narrowly, bool ``[len(drafted)]`` on the host,
             complete when SGLang has the step's result there.
         marked: the drafting rows, then the idle ones, on the device; None until the step runs.
+        decided_logits: by row, logits ``[vocabulary]`` of deciding rows that report log-probabilities.
     """
 
     reqs: list[Req]
     positions: list[int]
     drafting: list[int]
     idle: list[int]
+    size: int | None = None
+    deciding: set[int] = field(default_factory=set)
     drafted: list[int] = field(default_factory=list)
     narrow: torch.Tensor | None = None
     marked: DeviceRows | None = None
+    decided_logits: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def others(self) -> int:
@@ -109,7 +115,8 @@ class Drafting:
         """Sample a decode batch: SGLang's sampler for all rows, then the canonical one for the marked.
 
         SGLang's sampler chooses one path for a whole batch and works in place, so the marked rows' logits
-        are set aside first. Candidates drawn with the noise of verification usually survive it.
+        are set aside first. Candidates drawn with the noise of verification usually survive it; a deciding
+        row of a canonical step has the bits of verification, too, so that what is drawn there is final.
         """
         step, self._sampling_step = self._sampling_step, None
         if step is None:
@@ -129,8 +136,13 @@ class Drafting:
         drafted, margins = sampling.sample_with_margin(logits, self._decode_rows(reqs), positions)
         step.drafted, step.narrow = drafting, self._narrow(logits, drafted, margins)
         self._table.write(pool, positions, drafted)
-        for lane in lanes:
-            lane.drafted()
+        for index, (row, lane) in enumerate(zip(drafting, lanes, strict=True)):
+            if row not in step.deciding:
+                lane.drafted()
+                continue
+            lane.decoded()
+            if logprobs.wants_output(step.reqs[row]):
+                step.decided_logits[row] = logits[index]
         token_ids[rows] = drafted.to(token_ids.dtype)
         return token_ids
 

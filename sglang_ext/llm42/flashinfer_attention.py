@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -37,17 +37,38 @@ SLOT_PADDING = 256
 PLANS_UNDER_WAY = 2
 
 
+class Scratch(NamedTuple):
+    """Memory that backends whose passes never run at the same time may share.
+
+    Attributes:
+        slots: KV slots of all segments, int32.
+        workspace: FlashInfer's, for what it computes.
+    """
+
+    slots: torch.Tensor
+    workspace: torch.Tensor
+
+
 class CanonicalFlashInferBackend(AttentionBackend):
     """Attention of canonical passes of ``segments`` segments with ``rows`` rows.
 
+    FlashInfer's kernel computes tiles of 128 query rows, one head at a time. A segment of a single row would
+    fill one row of a tile for each head; there the query heads that share a key head stand below each other
+    as rows, without a mask, since all of them end at the same position. A row's arithmetic is the same in
+    both: tiles of as many keys, in the same order.
+
     Args:
         model_runner: SGLang's model runner, with pools allocated.
+        scratch: that of a backend of at least as many segments of as many rows; None for its own.
+
+    Attributes:
+        scratch: its own or the given one.
 
     Raises:
         ValueError: the KV cache is not in the model's own precision.
     """
 
-    def __init__(self, model_runner: Any, segments: int, rows: int) -> None:
+    def __init__(self, model_runner: Any, segments: int, rows: int, scratch: Scratch | None = None) -> None:
         super().__init__()
         self.segments = segments
         self.rows = rows
@@ -63,15 +84,26 @@ class CanonicalFlashInferBackend(AttentionBackend):
         self._heads = config.num_attention_heads // world
         self._kv_heads = config.get_num_kv_heads(world)
         self._head_dim = config.head_dim
-        width = self.req_to_token_pool.req_to_token.shape[1]
-        self._slots = torch.zeros(
-            segments * (width + rows) + SLOT_PADDING, dtype=torch.int32, device=self.device
-        )
+        self.scratch = self._make_scratch() if scratch is None else scratch
+        self._slots = self.scratch.slots
         self._row = torch.arange(rows, device=self.device)
-        self._qo_indptr = torch.arange(segments + 1, dtype=torch.int32) * rows
+        # Query heads that stand below each other as rows.
+        self._folded = self._heads // self._kv_heads if rows == 1 else 1
+        self._query_rows = rows * self._folded
+        self._causal = rows > 1
+        self._qo_indptr = torch.arange(segments + 1, dtype=torch.int32) * self._query_rows
         self._wrapper = self._make_wrapper(model_runner.dtype)
         self._layout = list(self._wrapper._plan_info)
         self._staging = _Staging(self._wrapper._int_workspace_buffer.shape[0])
+
+    def _make_scratch(self) -> Scratch:
+        width = self.req_to_token_pool.req_to_token.shape[1]
+        return Scratch(
+            torch.zeros(
+                self.segments * (width + self.rows) + SLOT_PADDING, dtype=torch.int32, device=self.device
+            ),
+            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device),
+        )
 
     def _make_wrapper(self, dtype: torch.dtype) -> Any:
         """FlashInfer's wrapper with our buffers, planned once, which compiles and loads the kernel."""
@@ -80,7 +112,7 @@ class CanonicalFlashInferBackend(AttentionBackend):
         indptr = torch.arange(self.segments + 1, dtype=torch.int32) * self.rows
         last_page_len = torch.ones(self.segments, dtype=torch.int32)
         wrapper = BatchPrefillWithPagedKVCacheWrapper(
-            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device),
+            self.scratch.workspace,
             "NHD",
             use_cuda_graph=True,
             qo_indptr_buf=self._qo_indptr.to(self.device),
@@ -94,11 +126,11 @@ class CanonicalFlashInferBackend(AttentionBackend):
             indptr,
             self._slots[: self.segments * self.rows],
             last_page_len,
-            self._heads,
+            self._heads // self._folded,
             self._kv_heads,
             self._head_dim,
             page_size=1,
-            causal=True,
+            causal=self._causal,
             q_data_type=dtype,
             kv_data_type=dtype,
             disable_split_kv=True,
@@ -130,15 +162,15 @@ class CanonicalFlashInferBackend(AttentionBackend):
                 self._qo_indptr,
                 torch.tensor(begins, dtype=torch.int32),
                 torch.tensor([start + self.rows for start in starts], dtype=torch.int32),
-                self.segments * self.rows,
+                self.segments * self._query_rows,
                 self.segments,
-                self._heads,
+                self._heads // self._folded,
                 self._kv_heads,
                 1,  # page_size
                 True,  # enable_cuda_graph
                 self._head_dim,
                 self._head_dim,
-                True,  # causal
+                self._causal,
                 -1,  # window_left
             )
         if list(layout) != self._layout:
@@ -190,12 +222,26 @@ class CanonicalFlashInferBackend(AttentionBackend):
         if save_kv_cache and k is not None and v is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         output = self._wrapper.forward(
-            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            self._fold(q.view(-1, layer.tp_q_head_num, layer.head_dim)),
             self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
-            causal=True,
+            causal=self._causal,
             sm_scale=layer.scaling,
         )
-        return output.view(-1, layer.tp_q_head_num * layer.head_dim)
+        return self._unfold(output).view(-1, layer.tp_q_head_num * layer.head_dim)
+
+    def _fold(self, q: torch.Tensor) -> torch.Tensor:
+        """``[n, heads, size]`` as ``[n * folded, kv_heads, size]``: a key head's heads below each other."""
+        if self._folded == 1:
+            return q
+        below = q.view(-1, self._kv_heads, self._folded, self._head_dim).transpose(1, 2)
+        return below.reshape(-1, self._kv_heads, self._head_dim)
+
+    def _unfold(self, output: torch.Tensor) -> torch.Tensor:
+        """The reverse of :meth:`_fold`."""
+        if self._folded == 1:
+            return output
+        below = output.view(-1, self._folded, self._kv_heads, self._head_dim).transpose(1, 2)
+        return below.reshape(-1, self._heads, self._head_dim)
 
 
 class _Staging:

@@ -72,6 +72,12 @@ HOOKS: tuple[Hook, ...] = (
         "canonical passes are launched beside decode",
     ),
     _row(
+        "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw",
+        Kind.AROUND,
+        "forward_raw",
+        "a decode step may run in a canonical shape, so that what it decides is final",
+    ),
+    _row(
         "sglang.srt.model_executor.model_runner.ModelRunner.sample",
         Kind.AROUND,
         "sample",

@@ -135,9 +135,26 @@ class LaneRequest:
         """Whether the next decode step may draft another candidate."""
         return self.decoding and self.pending < capacity and not self.length_reached
 
+    @property
+    def settled(self) -> bool:
+        """Whether all tokens so far are decided, and everything in front of the last one is canonical KV."""
+        return self.decoding and self.pending == 0 and self.in_flight == 0
+
     def drafted(self) -> None:
         """One more candidate was drafted."""
         self.pending += 1
+
+    def decoded(self) -> None:
+        """A canonical decode step wrote the KV at ``base`` and decided the token behind it.
+
+        Raises:
+            ValueError: the request is not settled, so that this row's bits are not canonical.
+        """
+        if not self.settled:
+            raise ValueError(f"a decode step decides nothing for a request that is not settled: {self}")
+        assert self.base is not None
+        self.base += 1
+        self.canonical_end = self.planned_end = self.base
 
     def prompt_planned(self, rows: int) -> None:
         """``rows`` prompt rows from ``planned_end`` on went into a pass."""

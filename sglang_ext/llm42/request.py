@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one canonical pass decided for one request: tokens that wait to be committed.
+    """What one canonical pass or decode step decided for one request: tokens that wait to be committed.
 
     Attributes:
         tokens: canonical token ids, at least one.
@@ -30,6 +30,7 @@ class Verdict:
         candidates: candidates outstanding when the pass was applied.
         ends_prefill: whether the (single) token follows the prompt rather than a window.
         logprobs: one entry per token if the request asked for log-probabilities, else empty.
+        by_decode: whether a canonical decode step decided the (single) token.
     """
 
     tokens: tuple[int, ...]
@@ -37,6 +38,7 @@ class Verdict:
     candidates: int
     ends_prefill: bool
     logprobs: tuple[TokenLogprobs, ...] = ()
+    by_decode: bool = False
 
 
 @dataclass(eq=False)
@@ -51,6 +53,7 @@ class DeterministicRequest:
         verdicts: tokens decided by passes but not yet committed to the request's output.
         stashed_finish: finish reason and length found while committing token by token, until SGLang asks.
         committing: whether tokens are being checked right now.
+        unchecked: whether SGLang is about to check the one token that was committed.
         insert_prompt: whether the prompt's canonical KV is complete but not yet in the radix cache.
         prompt_logprobs: log-probabilities of prompt tokens found so far, in order of position.
         output_logprobs: those of committed output tokens that SGLang has not taken over yet.
@@ -61,6 +64,8 @@ class DeterministicRequest:
             from a retraction only to be ended.
         row_params: the sampling parameters of each of its rows, once a row was sampled.
         stop_tokens: ids that ``min_new_tokens`` holds back, once a row's logits were processed.
+        decidable: whether canonical decode steps may decide its tokens: what is drawn hangs on the model's
+            logits alone, not on earlier tokens, the last of which the host does not know yet.
     """
 
     seed: int
@@ -70,6 +75,7 @@ class DeterministicRequest:
     verdicts: deque[Verdict] = field(default_factory=deque)
     stashed_finish: tuple[Any, int | None] | None = None
     committing: bool = False
+    unchecked: bool = False
     insert_prompt: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     output_logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -79,11 +85,13 @@ class DeterministicRequest:
     committed: logit_processing.Matcher | None = None
     row_params: RowParams | None = None
     stop_tokens: tuple[int, ...] | None = None
+    decidable: bool = False
 
     def admit(self, req: Req) -> LaneRequest:
         """Enter the lane: all known tokens have memory, the cached prefix has canonical KV in it."""
         cached = len(req.prefix_indices)
         self.prompt_logprobs.clear()
+        self.decidable = not logit_processing.required(req)
         self.decided = array("q", req.output_ids)
         self.follow_grammar(req)
         self.lane = LaneRequest(
@@ -109,7 +117,7 @@ class DeterministicRequest:
             self.committed = logit_processing.Matcher(self.grammar, self.decided)
 
     def decide(self, verdict: Verdict) -> None:
-        """A pass decided the request's next tokens."""
+        """A pass or a canonical decode step decided the request's next tokens."""
         self.verdicts.append(verdict)
         self.decided.extend(verdict.tokens)
         for token in verdict.tokens:
@@ -130,7 +138,7 @@ class DeterministicRequest:
         it will be decided again, alike, should the request return."""
         self.lane = None
         self.verdicts.clear()
-        self.insert_prompt = False
+        self.insert_prompt = self.unchecked = False
 
 
 def of(req: Req) -> DeterministicRequest | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang_ext.llm42.decode_policy import DecodeMode
+
 if TYPE_CHECKING:
     from sglang_ext.server_args import ServerArgs
 
@@ -218,6 +220,12 @@ def nonsense(args: ServerArgs) -> list[str]:
         found.append(f"--llm42-verify-batch-size must be at least 1, not {args.llm42_verify_batch_size!r}.")
     if not _is_int(args.llm42_max_wait_steps) or args.llm42_max_wait_steps < 0:
         found.append(f"--llm42-max-wait-steps must be at least 0, not {args.llm42_max_wait_steps!r}.")
+    modes = [mode.value for mode in DecodeMode]
+    if args.llm42_canonical_decode not in modes:
+        found.append(
+            f"--llm42-canonical-decode must be {', '.join(modes[:-1])} or {modes[-1]}, not "
+            f"{args.llm42_canonical_decode!r}."
+        )
     if args.llm42_mark_all and not args.enable_llm42:
         found.append("--llm42-mark-all needs --enable-llm42.")
     return found + _commit_log_nonsense(args)

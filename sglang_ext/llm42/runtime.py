@@ -5,9 +5,10 @@ Each decode step of a batch that holds deterministic requests goes through three
 1. :meth:`Runtime.begin_step`, before SGLang allocates memory: results of finished canonical passes are
    applied, then every row of the batch gets the position that it decodes at.
 2. :meth:`Runtime.run_step`, in place of the forward: the next canonical pass is launched, then SGLang's own
-   decode runs over the whole batch, marked and unmarked rows alike.
-3. :func:`sglang_ext.llm42.commit.commit`, when SGLang processes a step's result: the tokens that passes have
-   decided by then are committed one at a time.
+   decode runs over the whole batch, marked and unmarked rows alike. Its forward may be a canonical one
+   (:meth:`Runtime.decode_forward`): what that decides is final.
+3. :func:`sglang_ext.llm42.commit.commit`, when SGLang processes a step's result: the tokens that passes and
+   canonical steps have decided by then are committed one at a time.
 
 All decisions follow from values on the host that are equal on every tensor-parallel rank.
 """
@@ -15,12 +16,13 @@ All decisions follow from values on the host that are equal on every tensor-para
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.admission import Admission
+from sglang_ext.llm42.canonical_decode import canonical_decode_for
 from sglang_ext.llm42.canonical_graph import canonical_passes_for
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable
 from sglang_ext.llm42.config import Llm42Config
@@ -28,13 +30,34 @@ from sglang_ext.llm42.drafting import DecodeStep, Drafting
 from sglang_ext.llm42.lane import LanePolicy, LaneRequest
 from sglang_ext.llm42.pass_stream import SlotGuard, pass_stream
 from sglang_ext.llm42.prefix_sharing import PrefixSharing
+from sglang_ext.llm42.request import DeterministicRequest
 from sglang_ext.llm42.statistics import Statistics
 from sglang_ext.llm42.verification import Verification
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.utils import GenerationBatchResult
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class _Row(NamedTuple):
+    """A request of a decode batch.
+
+    Attributes:
+        state: None if it is unmarked.
+        lane: None if it is unmarked, holds no memory or has finished.
+    """
+
+    req: Req
+    state: DeterministicRequest | None
+    lane: LaneRequest | None
+
+    @classmethod
+    def of(cls, req: Req) -> _Row:
+        state = deterministic.of(req)
+        return cls(req, state, None if state is None or req.finished() else state.lane)
 
 
 class Runtime:
@@ -46,7 +69,8 @@ class Runtime:
         attention: factory of the row-invariant attention backend for the canonical pass.
 
     Attributes:
-        verification: the canonical passes that decide every deterministic token.
+        verification: the canonical passes that decide deterministic tokens.
+        canonical_decode: the decode steps that do, None where there are none.
         drafting: candidates of decode steps.
         statistics: counters.
         admission: of which kind the next prefill batch is.
@@ -66,8 +90,11 @@ class Runtime:
         pool_rows = model_runner.req_to_token_pool.req_to_token.shape[0]
         table = CandidateTable(pool_rows, lane.capacity, model_runner.device)
         self._policy = LanePolicy(lane)
+        self._capacity = lane.capacity
         self.verification = Verification(passes, self._policy, stream, table, self.statistics)
         self.drafting = Drafting(table, model_runner.device, model_runner.dtype)
+        self.canonical_decode = canonical_decode_for(model_runner, config)
+        self._canonical_step: DecodeStep | None = None
         self._slot_guard = SlotGuard(model_runner.token_to_kv_pool_allocator)
         self._sharing = PrefixSharing(model_runner.token_to_kv_pool)
         self._anything_canonical = False
@@ -142,44 +169,59 @@ class Runtime:
         """Apply the pass that is done and give every row of the batch its position."""
         self._step_number += 1
         self.verification.apply_ended()
-        step = DecodeStep(list(reqs), [0] * len(reqs), [], [])
-        hold = self._decide_hold(reqs)
-        if self.verification.under_way is not None and (hold or not self._any_decodes(reqs)):
+        rows = [_Row.of(req) for req in reqs]
+        step = DecodeStep(list(reqs), [0] * len(reqs), [], [], self._choose_size(rows))
+        hold = self._decide_hold(rows)
+        if self.verification.under_way is not None and (hold or not self._any_decodes(step, rows)):
             # There is nothing to do beside the pass.
             self.verification.apply_launched()
-        for row, req in enumerate(reqs):
-            self._place(step, row, req, hold)
+        for number, row in enumerate(rows):
+            self._place(step, number, row, hold)
         return step
 
-    def _any_decodes(self, reqs: Sequence[Req]) -> bool:
+    def _choose_size(self, rows: Sequence[_Row]) -> int | None:
+        """Rows of the step if it is to be canonical, else None."""
+        if self.canonical_decode is None or any(row.req.return_hidden_states for row in rows):
+            return None
+        decidable = 0
+        for _, state, lane in rows:
+            if state is not None and lane is not None:
+                decidable += state.decidable and lane.decoding and not lane.complete
+        return self.canonical_decode.policy.choose(len(rows), decidable)
+
+    def _any_decodes(self, step: DecodeStep, rows: Sequence[_Row]) -> bool:
         """Whether a row of the batch can decode while a pass is under way."""
-        for req in reqs:
-            if deterministic.of(req) is None:
-                return True
-            lane = deterministic.lane_of(req)
-            if lane is not None and not req.finished() and lane.can_decode(self.config.lane.capacity):
-                return True
-        return False
+        return any(row.state is None or self._can_decode(step, row) for row in rows)
 
-    def _decide_hold(self, reqs: Sequence[Req]) -> bool:
+    def _can_decode(self, step: DecodeStep, row: _Row) -> bool:
+        """Whether a deterministic row can decode in ``step``; in a canonical one it decides, so it must be
+        settled."""
+        if row.lane is None or not row.lane.can_decode(self._capacity):
+            return False
+        assert row.state is not None
+        return step.size is None or not row.state.decidable or row.lane.settled
+
+    def _decide_hold(self, rows: Sequence[_Row]) -> bool:
         """Whether this step should only run a pass; never if an unmarked request waits for its next token."""
-        lanes = [
-            lane for req in reqs if not req.finished() and (lane := deterministic.lane_of(req)) is not None
-        ]
-        unmarked = any(deterministic.of(req) is None for req in reqs)
-        return not unmarked and self._policy.decide_hold(lanes)
+        if any(row.state is None for row in rows):
+            return False
+        return self._policy.decide_hold(row.lane for row in rows if row.lane is not None)
 
-    def _place(self, step: DecodeStep, row: int, req: Req, hold: bool) -> None:
-        state = deterministic.of(req)
+    def _place(self, step: DecodeStep, number: int, row: _Row, hold: bool) -> None:
+        req, state, lane = row
         if state is None:
-            step.positions[row] = req.kv_committed_len
+            step.positions[number] = req.kv_committed_len
             return
-        lane = state.lane
-        if lane is None or hold or req.finished() or not lane.can_decode(self.config.lane.capacity):
-            step.idle.append(row)
+        if lane is None or hold or not self._can_decode(step, row):
+            step.idle.append(number)
+            if lane is not None and step.size is not None and lane.pending and not lane.in_flight:
+                # It waits for nothing but the verification of its candidates.
+                lane.urgent = True
             return
-        step.positions[row] = lane.decode_position
-        step.drafting.append(row)
+        step.positions[number] = lane.decode_position
+        step.drafting.append(number)
+        if step.size is not None and state.decidable:
+            step.deciding.add(number)
 
     def run_step(
         self,
@@ -201,12 +243,25 @@ class Runtime:
         self.verification.launch(self._requests, self._step_number, step.useful)
         if step.useful:
             self.drafting.feed(step, batch)
-            result = decode()
-            self.statistics.count_decode(len(step.drafting), step.others)
+            self._canonical_step = None if step.size is None else step
+            try:
+                result = decode()
+            finally:
+                self._canonical_step = None
+            deciding = None if step.size is None else len(step.deciding)
+            self.statistics.count_decode(len(step.drafting), step.others, deciding)
         else:
             result = empty_result(len(step.reqs), batch)
         result.llm42 = step
         return result
+
+    def decode_forward(self, batch: ForwardBatch) -> LogitsProcessorOutput | None:
+        """The forward of the step that is running if it is canonical; None for SGLang's own."""
+        step, self._canonical_step = self._canonical_step, None
+        if step is None or step.size is None:
+            return None
+        assert self.canonical_decode is not None and batch.batch_size == len(step.positions)
+        return self.canonical_decode.forward(step.size, batch, step.positions)
 
     def launch_joined(self) -> None:
         """Begin with prompts that have just joined, unless a pass is under way: this turn computes a prefill

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_ext.doctor.certify import certify_quickly, certify_sizes
+from sglang_ext.doctor.certify import certify_decode, certify_quickly, certify_sizes
 from sglang_ext.llm42 import allocation, logprobs
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.attention import canonical_attention_factory
-from sglang_ext.llm42.commit import commit
+from sglang_ext.llm42.commit import commit, commit_decoded
 from sglang_ext.llm42.config import Llm42Config
 from sglang_ext.llm42.drafting import DecodeStep
 from sglang_ext.llm42.observability.observer import Observer
 from sglang_ext.llm42.report import Report
-from sglang_ext.llm42.request import DeterministicRequest
+from sglang_ext.llm42.request import DeterministicRequest, Verdict
 from sglang_ext.llm42.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -126,6 +126,12 @@ def _certify(scheduler: Scheduler) -> None:
     if sizes:
         seconds = time.perf_counter() - started
         logger.info("Smaller passes (%.1f s): %s", seconds, "; ".join(map(str, sizes)))
+    if (decode := runtime().canonical_decode) is not None:
+        started = time.perf_counter()
+        steps = certify_decode(passes.full, decode.passes.values(), quick=True)
+        decode.allow(step.segments for step in steps if step.passed)
+        seconds = time.perf_counter() - started
+        logger.info("Canonical decode steps (%.1f s): %s", seconds, "; ".join(map(str, steps)))
 
 
 # Life of a request
@@ -283,6 +289,17 @@ def _before_forward(batch: ScheduleBatch) -> None:
         _runtime.launch_joined()
 
 
+def forward_raw(original: Callable[..., Any], model_runner: Any, forward_batch: Any, *args: Any) -> Any:
+    """Around ``ModelRunner._forward_raw``."""
+    from sglang.srt.model_executor.model_runner import ModelRunnerOutput
+
+    output = None if _runtime is None else _runtime.decode_forward(forward_batch)
+    if output is None:
+        return original(model_runner, forward_batch, *args)
+    on_gpu = model_runner.device == "cuda"
+    return ModelRunnerOutput(logits_output=output, can_run_graph=on_gpu)
+
+
 def sample(
     original: Callable[..., torch.Tensor], model_runner: Any, logits_output: Any, forward_batch: Any
 ) -> Any:
@@ -323,14 +340,29 @@ def decode_outputs(
         drafted, token_ids[row] = token_ids[row], []
         if req.finished() or req.is_retracted:
             continue
-        if row in narrow:
-            position = step.positions[row] + 1
-            runtime().note_candidate(req, position, _may_end(req, drafted[0]), narrow[row])
-        token_ids[row] = commit(req, state.take_verdicts())
+        if row in step.deciding and row in narrow:
+            token_ids[row] = _commit_decided(step, row, req, state, drafted[0])
+        else:
+            if row in narrow:
+                position = step.positions[row] + 1
+                runtime().note_candidate(req, position, _may_end(req, drafted[0]), narrow[row])
+            token_ids[row] = commit(req, state.take_verdicts())
         committed += len(token_ids[row]) - 1
     processor.metrics_reporter.num_generated_tokens += committed
     observer().step_done()
     return token_ids, token_logprobs
+
+
+def _commit_decided(
+    step: DecodeStep, row: int, req: Req, state: DeterministicRequest, token: int
+) -> list[int]:
+    """Commit what a canonical decode step decided in ``row``, behind what passes decided before."""
+    logits = step.decided_logits.get(row)
+    entry = None if logits is None else logprobs.of_output_row(logits, token, req)
+    if not state.verdicts:
+        return commit_decoded(req, state, token, entry)
+    state.decide(Verdict((token,), 0, 0, False, () if entry is None else (entry,), by_decode=True))
+    return commit(req, state.take_verdicts())
 
 
 def _fill_token_ids_logprobs(logits_output: Any) -> None:

@@ -16,7 +16,9 @@ class Statistics:
     Attributes:
         decode_steps: ordinary decode steps of batches that held deterministic requests.
         mixed_decode_steps: those of them in which both kinds of requests decoded a token.
-        decode_deterministic_rows: rows of these steps that drafted a candidate.
+        canonical_decode_steps: those of them that ran in a canonical shape.
+        decode_deterministic_rows: rows of decode steps that drafted a candidate or decided a token.
+        decode_decided_rows: those of them that decided a token, which needs no verification.
         decode_other_rows: rows of unmarked requests in these steps.
         verify_forward_passes: canonical passes run.
         verify_total_reqs: verification segments in them.
@@ -33,7 +35,9 @@ class Statistics:
 
     decode_steps: int = 0
     mixed_decode_steps: int = 0
+    canonical_decode_steps: int = 0
     decode_deterministic_rows: int = 0
+    decode_decided_rows: int = 0
     decode_other_rows: int = 0
     verify_forward_passes: int = 0
     verify_total_reqs: int = 0
@@ -50,9 +54,15 @@ class Statistics:
     def __post_init__(self) -> None:
         self._before_reset = dict.fromkeys(self.as_dict(), 0)
 
-    def count_decode(self, deterministic: int, other: int) -> None:
-        """A decode step ran with this many drafting rows and rows of unmarked requests."""
+    def count_decode(self, deterministic: int, other: int, deciding: int | None = None) -> None:
+        """A decode step ran with this many rows of deterministic and of unmarked requests.
+
+        Args:
+            deciding: in a canonical step, how many of the former decided their token, else None.
+        """
         self.decode_steps += 1
+        self.canonical_decode_steps += deciding is not None
+        self.decode_decided_rows += deciding or 0
         self.mixed_decode_steps += bool(deterministic and other)
         self.decode_deterministic_rows += deterministic
         self.decode_other_rows += other

@@ -334,5 +334,75 @@ def test_smaller_pass_with_other_bits_is_refused(
     assert "OTHER BITS" in str(one)
 
 
+def make_steps(runner: Any, *sizes: int) -> list[Any]:
+    from sglang_ext.llm42.attention import decode_attention_factory
+    from sglang_ext.llm42.canonical_pass import CanonicalPass
+
+    attention = decode_attention_factory(runner, ROWS)
+    return [CanonicalPass(runner, size, 1, attention) for size in sizes]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_canonical_decode_steps_are_compared_with_the_full_pass(runner: Any, quick: bool) -> None:
+    before = pools(runner)
+    steps = make_steps(runner, 4, 24)
+    reports = certification.certify_decode(make_pass(runner), steps, quick)
+    assert [(report.segments, report.decode) for report in reports] == [(4, True), (24, True)]
+    # Every position of the probe, and more.
+    assert all(report.passed and report.comparisons > SEGMENTS * ROWS for report in reports), reports
+    assert "decode steps of 4 rows: equal bits" in str(reports[0])
+    assert same(before, pools(runner))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_canonical_decode_step_with_other_bits_is_refused(
+    runner: Any, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = runner.model.model.norm.forward
+
+    def four_rows_otherwise(x: torch.Tensor, *rest: Any) -> Any:
+        output = original(x, *rest)
+        return (output[0] * 1.01, *output[1:]) if len(x) == 4 else output
+
+    monkeypatch.setattr(runner.model.model.norm, "forward", four_rows_otherwise)
+    four, six = certification.certify_decode(make_pass(runner), make_steps(runner, 4, 6), quick)
+    assert (four.passed, six.passed) == (False, True)
+
+
+def test_keys_of_decode_steps_are_compared_by_what_reads_them(
+    runner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own logits may be right where the keys that they leave behind are not."""
+    from sglang_ext.cpu.backend import CanonicalCpuAttnBackend
+
+    original = CanonicalCpuAttnBackend.forward_extend
+
+    def spoiling(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, **rest: Any) -> Any:
+        output = original(self, q, k, v, layer, batch, **rest)
+        if self.rows == 1:
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id)[batch.out_cache_loc] *= 1.01
+        return output
+
+    monkeypatch.setattr(CanonicalCpuAttnBackend, "forward_extend", spoiling)
+    [report] = certification.certify_decode(make_pass(runner), make_steps(runner, 1), quick=True)
+    assert not report.passed
+
+
+def test_no_steps_need_no_memory(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.req_to_token_pool, "free_slots", [])
+    assert certification.certify_decode(make_pass(runner), [], quick=True) == ()
+
+
+@pytest.mark.parametrize("pages", [14, 18])
+def test_decode_steps_are_compared_with_as_many_requests_as_fit(
+    runner: Any, monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    allocator = runner.token_to_kv_pool_allocator
+    full, steps = make_pass(runner, segments=1), make_steps(runner, 8)
+    monkeypatch.setattr(allocator, "free_pages", allocator.free_pages[:pages])
+    [report] = certification.certify_decode(full, steps, quick=True)
+    assert report.passed and report.comparisons > 2
+
+
 def test_a_size_that_was_not_compared_has_not_passed() -> None:
     assert not certification.SizeReport(2, comparisons=0, differences=0).passed

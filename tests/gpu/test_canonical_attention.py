@@ -102,6 +102,32 @@ def test_rows_keep_their_bits_however_segments_are_cut(
     assert different == 0
 
 
+@pytest.mark.parametrize("row", [0, 11, 31])
+def test_one_row_in_a_segment_has_the_bits_of_many(monkeypatch: pytest.MonkeyPatch, row: int) -> None:
+    """What canonical decode steps rest on: heads of a key head below each other, without a mask."""
+    torch.manual_seed(row)
+    rows, segments = 32, 24
+    starts = torch.randint(0, LENGTH - rows, (segments,)).tolist()
+    table = torch.stack([torch.randperm(SLOTS, device="cuda", dtype=torch.int32) for _ in range(segments)])
+    q = torch.randn(segments, rows, HEADS * HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    many = _backend(monkeypatch, segments, rows, table)
+    own = torch.cat([table[g, start : start + rows] for g, start in enumerate(starts)])
+    batch = _batch(table, range(segments), starts, own)
+    many.init_forward_metadata(batch)
+    wanted = many.forward_extend(q.flatten(0, 1), None, None, LAYER, batch).view(segments, rows, -1)[:, row]
+    # More segments than rows to compute, as a decode step has.
+    padding = 8
+    one = _backend(monkeypatch, segments + padding, 1, torch.cat([table, table[:1].expand(padding, -1)]))
+    one.token_to_kv_pool = many.token_to_kv_pool
+    own = torch.cat([table[g, start + row : start + row + 1] for g, start in enumerate(starts)])
+    own = torch.nn.functional.pad(own, (0, padding))
+    batch = _batch(table, [*range(segments), *[0] * padding], [s + row for s in starts] + [0] * padding, own)
+    one.init_forward_metadata(batch)
+    queries = torch.nn.functional.pad(q[:, row], (0, 0, 0, padding))
+    output = one.forward_extend(queries, None, None, LAYER, batch)[:segments]
+    assert torch.equal(output, wanted)
+
+
 def test_attention_is_that_of_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     rows, segments, starts = 16, 4, [0, 37, 700, 1500]

@@ -37,11 +37,16 @@ def watch_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("watch") / "totals.json"
 
 
-#: Requests queue and are retracted with 3,000 slots; with flags, passes run in front of decode.
-ENGINES = {
-    "beside": {"max_total_tokens": 40000},
-    "little-kv": {"max_total_tokens": 3000},
-    "in-turn": {"max_total_tokens": 40000, "llm42_disable_overlap_verification": True},
+#: Requests queue and are retracted with 3,000 slots; with flags, passes run in front of decode. With "auto"
+#: crowds go from verification to canonical decode and back: AUTO_ROWS to decide are enough for them.
+AUTO_ROWS = 12
+VERIFIED = {"llm42_canonical_decode": "never"}
+ENGINES: dict[str, dict[str, Any]] = {
+    "beside": {"max_total_tokens": 40000, **VERIFIED},
+    "little-kv": {"max_total_tokens": 3000, **VERIFIED},
+    "in-turn": {"max_total_tokens": 40000, "llm42_disable_overlap_verification": True, **VERIFIED},
+    "canonical": {"max_total_tokens": 40000, "llm42_canonical_decode": "always"},
+    "auto-little-kv": {"max_total_tokens": 3000, "llm42_canonical_decode": "auto"},
 }
 
 
@@ -51,8 +56,9 @@ def engine(request: pytest.FixtureRequest, model: Path, watch_file: Path) -> Ite
 
     environment = {
         "SYNC_WATCH_FILE": str(watch_file),
+        "SYNC_WATCH_AUTO_ROWS": str(AUTO_ROWS),
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
-        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1" if request.param == "little-kv" else "0",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1" if "little-kv" in request.param else "0",
     }
     # Processes that the engine spawns take over sys.path.
     sys.path.insert(0, str(WATCH))
@@ -83,7 +89,7 @@ def engine(request: pytest.FixtureRequest, model: Path, watch_file: Path) -> Ite
 
 
 def test_marked_output_is_the_same_alone_and_in_crowds(engine: Any) -> None:
-    check_crowds(engine, crowds=4)
+    check_crowds(engine, crowds=4, diverges=engine.kind != "canonical")
 
 
 def test_penalised_output_is_the_same_alone_and_in_a_crowd(engine: Any) -> None:
@@ -104,6 +110,6 @@ def test_a_step_that_consumes_nothing_waits_for_nothing(
     run(engine, [(number, number % 3 != 0) for number in range(30)], **penalties)
     totals = json.loads(watch_file.read_text())
     assert totals["passes"] > 5 and totals["consuming_steps"] > 5
-    if engine.kind == "beside":
+    if engine.kind in ("beside", "canonical"):
         assert totals["quiet_steps"] > 20
     assert totals["quiet_waits"] == 0, totals["where"][:2]

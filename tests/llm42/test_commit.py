@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import make_tokenizer
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_transformers_utils import attach_additional_stop_token_ids
 
 from sglang_ext.llm42 import commit as commit_module
 from sglang_ext.llm42 import scheduler_hooks
-from sglang_ext.llm42.commit import commit, update_finish_state
+from sglang_ext.llm42.commit import commit, commit_decoded, update_finish_state
 from sglang_ext.llm42.commit_log import CommitLog
 from sglang_ext.llm42.config import REQUEST_KEY
 from sglang_ext.llm42.drafting import DecodeStep
@@ -213,6 +213,38 @@ def test_every_cut_finishes_alike(case: Case) -> None:
             assert state.log.tokens == expected.token_ids
             digests.add(state.log.digest)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.grammar is None])
+@pytest.mark.parametrize("queued", [0, 3])
+def test_tokens_of_canonical_decode_steps_finish_alike(case: Case, queued: int) -> None:
+    """One by one, or the first of them behind the verdict of a pass that is committed in the same step."""
+    req = _request(case, marked=True)
+    state = req.llm42
+    waiting = _cut(case.sequence[: queued + 1], [queued] if queued else [])
+    for token in case.sequence[queued + 1 :]:
+        if waiting:
+            token_ids = commit(req, [*waiting, Verdict((token,), 0, 0, ends_prefill=False, by_decode=True)])
+            waiting = []
+        else:
+            token_ids = commit_decoded(req, state, token, None)
+            assert token_ids == [token]
+        req.output_ids.extend(token_ids)
+        req.update_finish_state(max(1, len(token_ids)))
+        if req.finished():
+            break
+        assert req.kv_committed_len == len(PROMPT) + len(req.output_ids) - 1
+    assert _outcome(req) == _one_by_one(case)
+    assert list(state.log.tokens) == list(_one_by_one(case).token_ids)
+    assert not state.unchecked
+
+
+def test_an_aborted_request_commits_no_decoded_token() -> None:
+    req = _request(CASES[0], marked=True)
+    commit(req, _cut(CASES[0].sequence[:1], []))
+    req.to_finish = FINISH_ABORT()
+    assert commit_decoded(req, req.llm42, 5, None) == []
+    assert req.llm42.log.num_committed == 1 and not req.llm42.unchecked
 
 
 def test_the_cases_end_in_every_way() -> None:

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sglang_ext.llm42.commit_log import (
     CommitLog,
     CommitLogError,
+    DecodeCommit,
     PrefillCommit,
     Release,
     Retract,
@@ -55,6 +56,16 @@ class CommitLogMachine(RuleBasedStateMachine):
     @rule(token=token_ids)
     def decode(self, token: int) -> None:
         self.candidates.append(token)
+
+    @precondition(lambda self: self.prefilled and not self.cut and not self.candidates)
+    @rule(token=token_ids)
+    def canonical_decode(self, token: int) -> None:
+        follows = isinstance(self.log.records[-1], DecodeCommit)
+        records = len(self.log.records)
+        record = self.log.commit_decoded(len(self.committed), token)
+        self.committed.append(token)
+        assert record.start + record.count == len(self.committed)
+        assert len(self.log.records) == records + (not follows)
 
     @precondition(lambda self: self.prefilled and not self.cut)
     @rule(data=st.data(), more=token_ids)
@@ -117,7 +128,11 @@ class CommitLogMachine(RuleBasedStateMachine):
             lambda: self.log.release("stop", len(self.committed) + delta),
             lambda: self.log.commit_window(len(self.committed), [], matched=0, candidates=0),
             lambda: self.log.commit_window(len(self.committed), [token, -1], matched=1, candidates=1),
+            lambda: self.log.commit_decoded(len(self.committed) + delta, token),
+            lambda: self.log.commit_decoded(len(self.committed), -1),
         ]
+        if not self.prefilled or self.cut:
+            calls.append(lambda: self.log.commit_decoded(len(self.committed), token))
         if start != len(self.committed):
             calls.append(lambda: self.log.commit_window(start, [token], matched=0, candidates=0))
         if self.prefilled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -30,12 +31,20 @@ class Simulation:
         self.requests[request] = []
         return request
 
-    def run_step(self) -> None:
-        """One decode step: apply, launch, draft - the order of the runtime."""
+    def run_step(self, canonical: bool = False) -> None:
+        """One decode step: apply, launch, draft - the order of the runtime.
+
+        Args:
+            canonical: whether the step decides; then only settled requests decode, and others are urgent.
+        """
         self.step += 1
         for segment in self.launched:
             self.apply(segment)
         drafting = [r for r in self.requests if r.can_decode(self.config.capacity)]
+        if canonical:
+            for request in self.requests:
+                request.urgent |= request.pending > 0
+            drafting = [r for r in drafting if r.settled]
         self.launched = self.policy.plan(list(self.requests), self.step, bool(drafting))
         self.check(self.launched)
         if self.launched:
@@ -45,6 +54,10 @@ class Simulation:
             for segment in self.launched:
                 if segment.request is request:
                     assert write >= segment.start + segment.rows, "decode would overwrite canonical KV"
+            if canonical:
+                assert write == request.canonical_end, "a row is canonical on canonical KV alone"
+                request.decoded()
+                continue
             request.drafted()
             self.requests[request].append(self.random.random() < self.error_rate)
 
@@ -86,17 +99,29 @@ prompts = st.lists(
 )
 
 
-@given(configs, prompts, st.integers(0, 1000), st.sampled_from([0.0, 0.1, 1.0]))
+@given(
+    configs,
+    prompts,
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    st.lists(st.tuples(st.booleans(), st.integers(1, 12)), min_size=1, max_size=8),
+)
 @settings(deadline=None, max_examples=200)
 def test_every_request_completes(
-    config: LaneConfig, sizes: list[tuple[int, int, int]], seed: int, error_rate: float
+    config: LaneConfig,
+    sizes: list[tuple[int, int, int]],
+    seed: int,
+    error_rate: float,
+    steps: list[tuple[bool, int]],
 ) -> None:
+    """Whatever steps are canonical; ``steps`` says of so many whether they are, over and over again."""
+    canonical = itertools.cycle([kind for kind, count in steps for _ in range(count)])
     simulation = Simulation(config, seed, error_rate)
     requests = [simulation.admit(known, min(cached, known - 1), max_new) for known, cached, max_new in sizes]
     for _ in range(20_000):
         if all(r.complete for r in requests):
             break
-        simulation.run_step()
+        simulation.run_step(next(canonical))
     assert all(r.complete for r in requests), "a request starves"
     for request, (known, _, max_new) in zip(requests, sizes, strict=True):
         assert request.base is not None
@@ -248,6 +273,27 @@ def test_candidate_in_a_pass_under_way_is_being_judged() -> None:
     assert [request.being_judged(position) for position in (1, 2)] == [True, False]
     request.verify_planned(2)
     assert [request.being_judged(position) for position in (2, 3, 4)] == [True, True, False]
+
+
+def test_a_canonical_step_decides_the_token_behind_settled_ones() -> None:
+    request = decoding(0)
+    assert request.settled and request.base == 1
+    request.decoded()
+    assert (request.base, request.canonical_end, request.planned_end) == (2, 2, 2)
+    assert request.settled and not request.prefilling
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_it_decides_nothing_behind_candidates(planned: bool) -> None:
+    request = decoding(2)
+    if planned:
+        request.verify_planned(2)
+    assert not request.settled
+    with pytest.raises(ValueError, match="not settled"):
+        request.decoded()
+    prompt = LaneRequest(known_end=5, max_end=10, canonical_end=2)
+    with pytest.raises(ValueError, match="not settled"):
+        prompt.decoded()
 
 
 def test_prompts_and_windows_share_the_pass() -> None:

@@ -29,6 +29,21 @@ def test_decode_steps() -> None:
     }
 
 
+def test_canonical_decode_steps() -> None:
+    statistics = Statistics()
+    statistics.count_decode(3, 1, 2)
+    statistics.count_decode(2, 0, 0)
+    statistics.count_decode(1, 0)
+    assert _changes(statistics) == {
+        "decode_steps": 3,
+        "mixed_decode_steps": 1,
+        "canonical_decode_steps": 2,
+        "decode_deterministic_rows": 6,
+        "decode_decided_rows": 2,
+        "decode_other_rows": 1,
+    }
+
+
 def _segment(kind: SegmentKind, rows: int) -> Segment:
     return Segment(LaneRequest(known_end=100, max_end=200, canonical_end=0), kind, 5, rows)
 

@@ -92,9 +92,9 @@ WITHOUT_INFLUENCE = {
         enable_return_hidden_states return_hidden_states_mode enable_return_indexer_topk
     """,
     "ours: the promise is that they change nothing, or what they do is described as it turned out": """
-        enable_llm42 llm42_max_wait_steps llm42_mark_all llm42_disable_* llm42_commit_log* tokenweave_split
-        tokenweave_canonical_split tokenweave_min_tokens tokenweave_path tokenweave_fused_ctas
-        tokenweave_barrier_timeout tokenweave_table
+        enable_llm42 llm42_max_wait_steps llm42_mark_all llm42_disable_* llm42_canonical_decode
+        llm42_commit_log* tokenweave_split tokenweave_canonical_split tokenweave_min_tokens tokenweave_path
+        tokenweave_fused_ctas tokenweave_barrier_timeout tokenweave_table
     """,
 }
 

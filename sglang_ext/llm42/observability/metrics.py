@@ -25,6 +25,10 @@ COUNTERS: Mapping[str, tuple[str, str]] = {
         "sglang:llm42_candidates_rejected_total",
         "Candidates that verification replaced.",
     ),
+    "decode_decided_rows": (
+        "sglang:llm42_decided_rows_total",
+        "Rows of canonical decode steps that decided a token.",
+    ),
     "rollbacks": ("sglang:llm42_rollbacks_total", "Verifications with a rejected candidate."),
     "tokens_rolled_back": ("sglang:llm42_tokens_rolled_back_total", "Candidates discarded by rollbacks."),
     "shared_prefix_tokens": (

@@ -7,6 +7,7 @@ several ways and mended again.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -22,6 +23,9 @@ SMALL_QUEUE = 500
 
 #: Share of candidates that :attr:`Mode.CORRUPT_CANDIDATES` and :attr:`Mode.END_CANDIDATES` replace.
 CORRUPTED_SHARE = 0.18
+
+#: Steps of a kind in :attr:`Mode.ALTERNATING_DECODE`; no divisor of a window, so that these are cut anywhere.
+ALTERNATING_STEPS = 11
 
 #: End of sequence of the random test models (``tests/models.py``).
 END_OF_SEQUENCE = 1
@@ -44,6 +48,9 @@ class Mode(StrEnum):
     STOCK_ALL_REDUCE = "stock_all_reduce"  # canonical passes run gloo's all-reduce
     SECOND_HALF_FIRST = "second_half_first"  # the second half of a woven pass attends before the first
     RING_ORDER = "ring_order"  # the fused step sums a row's parts in its owner's order, rounding each time
+    VERIFIED_DECODE = "verified_decode"  # no decode step is canonical
+    ALTERNATING_DECODE = "alternating_decode"  # decode steps are canonical for a while, then not, and so on
+    STOCK_DECODE_DECIDES = "stock_decode_decides"  # what SGLang's own forward gives is taken for canonical
     FAILING_RANK = "failing_rank"  # the second rank runs out of memory in the middle of a certification
     SMALL_LOG_QUEUE = "small_log_queue"  # from the start: the commit log's queue holds a few lines
 
@@ -57,7 +64,15 @@ def register() -> None:
     """Wrap the parts of sglang_ext that the modes break, before its hooks are installed."""
     from sglang_ext.cpu import collectives, experts
     from sglang_ext.doctor import bench
-    from sglang_ext.llm42 import commit, prefill, request, sampling, scheduler_hooks
+    from sglang_ext.llm42 import (
+        commit,
+        decode_policy,
+        prefill,
+        request,
+        runtime,
+        sampling,
+        scheduler_hooks,
+    )
     from sglang_ext.llm42.observability import log_writer
     from sglang_ext.tokenweave import collective, interleave
 
@@ -65,6 +80,8 @@ def register() -> None:
     _wrap(prefill, "_join", _join)
     _wrap(scheduler_hooks, "release_overallocated", _release_overallocated)
     _wrap(request, "attach", _attach)
+    _wrap(decode_policy.DecodePolicy, "choose", _choose)
+    _wrap(runtime.Runtime, "decode_forward", _decode_forward)
     _wrap(commit, "_append_verdict", _append_verdict)
     _wrap(sampling, "_sample", _sample)
     _wrap(experts, "invariant_experts", _invariant_experts)
@@ -132,6 +149,23 @@ def _attach(original: Callable[..., None], req: Any, weights_generation: int) ->
     original(req, weights_generation)
     if active(Mode.SHARED_CACHE):
         req.extra_key = shared
+
+
+_steps = itertools.count()
+
+
+def _choose(original: Callable[..., int | None], policy: Any, *batch: int) -> int | None:
+    size = original(policy, *batch)
+    if active(Mode.VERIFIED_DECODE):
+        return None
+    if active(Mode.ALTERNATING_DECODE) and next(_steps) // ALTERNATING_STEPS % 2:
+        return None
+    return size
+
+
+def _decode_forward(original: Callable[..., Any], runtime: Any, batch: Any) -> Any:
+    output = original(runtime, batch)
+    return None if active(Mode.STOCK_DECODE_DECIDES) else output
 
 
 def _append_verdict(original: Callable[..., None], req: Any, state: Any, verdict: Any) -> None:

@@ -2,7 +2,7 @@
 
 Loaded where this folder is on ``PYTHONPATH``. torch's sync debug mode is on while our code runs, off while
 SGLang's own does. The file named by ``SYNC_WATCH_FILE`` holds the totals as JSON, written anew every few
-steps.
+steps. ``SYNC_WATCH_AUTO_ROWS`` says how many rows make a canonical decode step worthwhile.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def _watch(owner: Any, name: str, theirs: int | None = None) -> None:
 
 def register() -> None:
     """Watch our parts of a step."""
-    from sglang_ext.llm42 import allocation, drafting, runtime, verification
+    from sglang_ext.llm42 import allocation, decode_policy, drafting, runtime, verification
 
+    decode_policy.WORTHWHILE_ROWS = int(os.environ["SYNC_WATCH_AUTO_ROWS"])
     engine, passes = runtime.Runtime, verification.Verification
     apply, run_step = passes._apply, engine.run_step
 
