@@ -288,6 +288,15 @@ def test_mark_in_preferred_parameters_is_refused() -> None:
         )
 
 
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "original_max_position_embeddings": 1024,
+    "short_factor": [1.0] * 64,
+    "long_factor": [2.0] * 64,
+}
+
+
 def _model(**traits: Any) -> Any:
     from sglang.srt.configs.linear_attn_model_registry import get_linear_attn_config
 
@@ -299,9 +308,8 @@ def _model(**traits: Any) -> Any:
         "attention_arch": AttentionArch.MHA,
     }
     config["linear_attn_registry_result"] = get_linear_attn_config(hf_config)
-    return types.SimpleNamespace(
-        **config | traits, hf_config=hf_config, hf_text_config=hf_config, is_draft_model=False
-    )
+    config |= {"hf_config": hf_config, "hf_text_config": hf_config, "is_draft_model": False}
+    return types.SimpleNamespace(**config | traits)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +317,8 @@ def _model(**traits: Any) -> Any:
     [
         (_model(is_hybrid_swa=True), "sliding-window"),
         (_model(sliding_window_size=4096), "sliding-window"),
+        (_model(text={"rope_parameters": LONG_ROPE}), "LongRoPE"),
+        (_model(hf_text_config=types.SimpleNamespace(rope_scaling={"type": "longrope"})), "LongRoPE"),
         (_model(is_encoder_decoder=True), "encoder-decoder"),
         (_model(attention_arch=AttentionArch.MLA), "latent attention"),
     ],

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_ext.doctor.fingerprint import of_all_ranks
 from sglang_ext.llm42 import decode_policy
 from sglang_ext.llm42.attention import decode_attention_factory
-from sglang_ext.llm42.canonical_graph import CapturedCanonicalPass
+from sglang_ext.llm42.canonical_graph import GIB, CapturedCanonicalPass
 from sglang_ext.llm42.canonical_pass import CanonicalPass
 from sglang_ext.llm42.decode_policy import DecodeMode, DecodePolicy, sizes_to_try
 from sglang_ext.llm42.row_padding import find_padding
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from sglang_ext.llm42.pass_sizes import AnyCanonicalPass
 
 logger = logging.getLogger(__name__)
+
+#: Bytes for FlashInfer's workspaces and what a step's layers compute.
+SPARE_MEMORY = 1 << 30
 
 
 class CanonicalDecode:
@@ -104,8 +108,31 @@ def canonical_decode_for(model_runner: ModelRunner, config: Llm42Config) -> Cano
         return None
     full = config.window_size * config.verify_batch_size
     sizes = sizes_to_try(model_runner.device, most, full)
+    if mode is DecodeMode.AUTO and not _all_have_room(model_runner, sizes):
+        logger.warning(
+            "No canonical decode steps: less than %.1f GiB of the GPU's memory are left. Deterministic "
+            "requests are verified, which is slower where many run at once. Lower --mem-fraction-static for "
+            "such steps.",
+            _memory_needed(model_runner, sizes) / GIB,
+        )
+        return None
     attention = decode_attention_factory(model_runner, config.window_size)
     return CanonicalDecode(_passes(model_runner, sizes, full, attention), DecodePolicy(least))
+
+
+def _all_have_room(model_runner: ModelRunner, sizes: Sequence[int]) -> bool:
+    """Whether there is memory left for these steps on every tensor-parallel rank: all of them must ask."""
+    free, _ = torch.cuda.mem_get_info()
+    fits = free >= _memory_needed(model_runner, sizes)
+    return all(of_all_ranks(fits, getattr(model_runner, "tp_group", None)))
+
+
+def _memory_needed(model_runner: ModelRunner, sizes: Sequence[int]) -> int:
+    """Bytes, on the safe side: lists of KV slots, also those that the certification saves, logits of every
+    size, and :data:`SPARE_MEMORY` for the rest."""
+    width = int(model_runner.req_to_token_pool.req_to_token.shape[1])
+    slots = 2 * max(sizes) * width * 4
+    return slots + sum(sizes) * int(model_runner.model_config.vocab_size) * 4 + SPARE_MEMORY
 
 
 def _passes(

@@ -135,7 +135,8 @@ class CapturedCanonicalPass:
             raise CaptureError(
                 f"--enable-llm42: the canonical pass of {self.segments} segments of {self.rows} rows could "
                 f"not be captured in a CUDA graph ({free / GIB:.1f} GiB were free): {type(error).__name__}: "
-                f"{error}. If memory ran out, lower --mem-fraction-static or --llm42-verify-batch-size."
+                f"{error}. If memory ran out, lower --mem-fraction-static or --llm42-verify-batch-size, or "
+                "start with --llm42-canonical-decode never."
             ) from error
         self.memory_gib = (torch.cuda.memory_reserved() - reserved) / GIB
         logger.info(

@@ -28,6 +28,11 @@ WORTHWHILE_ROWS = 64
 STAYING_SHARE = 3 / 4
 
 
+#: A request's keys are read by one thread block for each key head, so that one long request among short ones
+#: takes as long as all of them: positions up to which it does not matter, and beyond them the share of all.
+SHORT, LONGEST_SHARE = 4096, 1 / 16
+
+
 class DecodeMode(StrEnum):
     """Values of ``--llm42-canonical-decode``."""
 
@@ -69,17 +74,20 @@ class DecodePolicy:
         """Let steps of ``sizes`` rows run, and no others."""
         self.sizes = tuple(sorted(sizes))
 
-    def choose(self, rows: int, decidable: int) -> int | None:
+    def choose(self, rows: int, decidable: int, longest: int = 0, total: int = 0) -> int | None:
         """The size of the next step; to be called once for each step.
 
         Args:
             rows: requests of the batch.
             decidable: those of them that are deterministic, decode, and draw from logits as they are.
+            longest: positions of the longest request.
+            total: positions of all.
 
         Returns:
             The smallest allowed size that holds ``rows``, or None for SGLang's own step.
         """
         size = next((size for size in self.sizes if size >= rows), None)
         least = self._least * STAYING_SHARE if self._canonical else self._least
-        self._canonical = size is not None and decidable > 0 and decidable >= least
+        slow = self._least > 1 and longest > max(SHORT, total * LONGEST_SHARE)
+        self._canonical = size is not None and decidable > 0 and decidable >= least and not slow
         return size if self._canonical else None

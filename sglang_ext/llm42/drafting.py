@@ -142,7 +142,8 @@ class Drafting:
                 continue
             lane.decoded()
             if logprobs.wants_output(step.reqs[row]):
-                step.decided_logits[row] = logits[index]
+                # A copy: a view would keep the logits of all rows.
+                step.decided_logits[row] = logits[index].clone()
         token_ids[rows] = drafted.to(token_ids.dtype)
         return token_ids
 

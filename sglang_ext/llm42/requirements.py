@@ -204,6 +204,11 @@ MODELS: tuple[Unsupported, ...] = (
         "canonical attention reads keys and values, not what both are computed from",
     ),
     Unsupported(
+        "models with LongRoPE",
+        lambda config: _has_long_rope(config),
+        "one long request in a batch changes the rotation of all its rows",
+    ),
+    Unsupported(
         "encoder-decoder models",
         lambda config: config.is_encoder_decoder,
         "canonical passes know decoders only",
@@ -294,6 +299,15 @@ def _has_sliding_window(config: Any) -> bool:
     if config.is_hybrid_swa:
         return True
     return bool(config.sliding_window_size) and getattr(config.hf_text_config, "use_sliding_window", True)
+
+
+def _has_long_rope(config: Any) -> bool:
+    """SGLang's version chooses the factors of a whole batch by its longest request."""
+    for name in ("rope_parameters", "rope_scaling"):
+        scaling = getattr(config.hf_text_config, name, None)
+        if isinstance(scaling, dict) and "longrope" in (scaling.get("rope_type"), scaling.get("type")):
+            return True
+    return False
 
 
 def _has_recurrent_layers(config: Any) -> bool:

@@ -79,7 +79,7 @@ def find_padding(model: torch.nn.Module, rows: int, full: int) -> RowPadding:
     needed: dict[tuple[Any, ...], int] = {}
     padded = []
     for layer in _linear_layers(model):
-        kind = (tuple(layer.weight.shape), layer.weight.dtype)
+        kind = (tuple(layer.weight.shape), layer.weight.dtype, _bias(layer) is not None)
         if kind not in needed:
             needed[kind] = _rows_needed(layer, rows, full)
             if needed[kind] > rows:
@@ -106,8 +106,14 @@ def _rows_needed(layer: Any, rows: int, full: int) -> int:
     weight = layer.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(full, weight.shape[1], dtype=weight.dtype, device=weight.device, generator=generator)
-    wanted = layer.quant_method.apply(layer, x)[:rows]
+    bias = _bias(layer)
+    wanted = layer.quant_method.apply(layer, x, bias)[:rows]
     for count in (rows, *range(rows // STEP * STEP + STEP, full, STEP)):
-        if torch.equal(layer.quant_method.apply(layer, x[:count])[:rows], wanted):
+        if torch.equal(layer.quant_method.apply(layer, x[:count], bias)[:rows], wanted):
             return count
     return full
+
+
+def _bias(layer: Any) -> torch.Tensor | None:
+    """What the layer's product adds itself: a library may choose another kernel with it."""
+    return None if getattr(layer, "skip_bias_add", False) else getattr(layer, "bias", None)

@@ -180,26 +180,34 @@ class Runtime:
         return step
 
     def _choose_size(self, rows: Sequence[_Row]) -> int | None:
-        """Rows of the step if it is to be canonical, else None."""
-        if self.canonical_decode is None or any(row.req.return_hidden_states for row in rows):
+        """Rows of the step if it is to be canonical, else None: also where an unmarked request wants what a
+        canonical pass does not compute, hidden states or the positions of images."""
+        if self.canonical_decode is None:
             return None
-        decidable = 0
-        for _, state, lane in rows:
+        if any(req.return_hidden_states or req.multimodal_inputs is not None for req, _, _ in rows):
+            return None
+        decidable = longest = total = 0
+        for req, state, lane in rows:
             if state is not None and lane is not None:
                 decidable += state.decidable and lane.decoding and not lane.complete
-        return self.canonical_decode.policy.choose(len(rows), decidable)
+            longest = max(longest, req.kv_committed_len)
+            total += req.kv_committed_len
+        return self.canonical_decode.policy.choose(len(rows), decidable, longest, total)
 
     def _any_decodes(self, step: DecodeStep, rows: Sequence[_Row]) -> bool:
         """Whether a row of the batch can decode while a pass is under way."""
         return any(row.state is None or self._can_decode(step, row) for row in rows)
 
     def _can_decode(self, step: DecodeStep, row: _Row) -> bool:
-        """Whether a deterministic row can decode in ``step``; in a canonical one it decides, so it must be
-        settled."""
+        """Whether a deterministic row can decode in ``step``.
+
+        In a canonical one those that may decide wait while their candidates are verified: then they are
+        settled, while they would not be if they went on drafting.
+        """
         if row.lane is None or not row.lane.can_decode(self._capacity):
             return False
         assert row.state is not None
-        return step.size is None or not row.state.decidable or row.lane.settled
+        return step.size is None or not row.state.decidable or row.lane.in_flight == 0
 
     def _decide_hold(self, rows: Sequence[_Row]) -> bool:
         """Whether this step should only run a pass; never if an unmarked request waits for its next token."""
@@ -212,15 +220,16 @@ class Runtime:
         if state is None:
             step.positions[number] = req.kv_committed_len
             return
+        could_decide = lane is not None and step.size is not None and state.decidable and not hold
+        if could_decide and lane is not None and lane.pending and not lane.in_flight:
+            # Once its candidates are verified it decides.
+            lane.urgent = True
         if lane is None or hold or not self._can_decode(step, row):
             step.idle.append(number)
-            if lane is not None and step.size is not None and lane.pending and not lane.in_flight:
-                # It waits for nothing but the verification of its candidates.
-                lane.urgent = True
             return
         step.positions[number] = lane.decode_position
         step.drafting.append(number)
-        if step.size is not None and state.decidable:
+        if could_decide and lane.settled:
             step.deciding.add(number)
 
     def run_step(

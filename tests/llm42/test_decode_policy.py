@@ -41,6 +41,13 @@ def test_a_few_rows_fewer_do_not_end_it() -> None:
     assert decided == [False, True, True, True, False, False, False, True]
 
 
+def test_one_long_request_among_short_ones_is_left_to_sglang() -> None:
+    lengths = [(4096, 20_000), (4097, 20_000), (8192, 131_072), (8193, 131_072)]
+    chosen = [policy(256).choose(200, 100, longest, total) for longest, total in lengths]
+    assert chosen == [256, None, 256, None]
+    assert policy(256, least=1).choose(200, 100, 100_000, 100_000) == 256
+
+
 def test_a_batch_that_no_size_holds_ends_it() -> None:
     chosen = policy(64)
     assert [chosen.choose(*step) for step in ((64, 64), (65, 65), (64, 50))] == [64, None, None]

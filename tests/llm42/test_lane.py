@@ -35,7 +35,8 @@ class Simulation:
         """One decode step: apply, launch, draft - the order of the runtime.
 
         Args:
-            canonical: whether the step decides; then only settled requests decode, and others are urgent.
+            canonical: whether the step decides for settled requests; others are urgent, and wait while their
+                candidates are verified.
         """
         self.step += 1
         for segment in self.launched:
@@ -44,7 +45,7 @@ class Simulation:
         if canonical:
             for request in self.requests:
                 request.urgent |= request.pending > 0
-            drafting = [r for r in drafting if r.settled]
+            drafting = [r for r in drafting if r.in_flight == 0]
         self.launched = self.policy.plan(list(self.requests), self.step, bool(drafting))
         self.check(self.launched)
         if self.launched:
@@ -54,7 +55,7 @@ class Simulation:
             for segment in self.launched:
                 if segment.request is request:
                     assert write >= segment.start + segment.rows, "decode would overwrite canonical KV"
-            if canonical:
+            if canonical and request.settled:
                 assert write == request.canonical_end, "a row is canonical on canonical KV alone"
                 request.decoded()
                 continue

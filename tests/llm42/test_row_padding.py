@@ -65,6 +65,21 @@ def test_one_layer_of_a_shape_is_measured(monkeypatch: pytest.MonkeyPatch) -> No
     assert computed == [FULL, 64] * 2
 
 
+def test_products_are_tried_with_the_bias_that_they_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def apply(self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append(bias)
+        return x @ layer.weight.T
+
+    monkeypatch.setattr(UnquantizedLinearMethod, "apply", apply)
+    layers = model()
+    bias = torch.nn.Parameter(torch.ones(8))
+    layers["twin"].bias = bias
+    find_padding(layers, 64, FULL)
+    assert [each is bias for each in seen] == [False, False, True, True, False, False]
+
+
 def test_a_full_pass_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
     split_below(10_000, monkeypatch, computed)
