@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -166,8 +166,7 @@ def certify_sizes(passes: PassSizes, quick: bool = False) -> tuple[SizeReport, .
         reports = [
             _compare_size(bench.comparison, each, space, workspace, quick) for each in passes.smaller.values()
         ]
-    of_ranks = cast("list[list[SizeReport]]", of_all_ranks(reports, group_of(passes.full)))
-    return tuple(max(each, key=lambda report: report.differences) for each in zip(*of_ranks, strict=True))
+    return _worst_of_ranks(reports, group_of(passes.full))
 
 
 def _compare_size(
@@ -179,8 +178,18 @@ def _compare_size(
     space = dataclasses.replace(full, segments=segments, concurrent=min(segments, full.concurrent))
     bench = Bench(canonical_pass, space, workspace, comparison=copy.deepcopy(seen))
     bench.run(probes.quick_trials(space), None if quick else probes.reference(space))
+    return _size_report(bench, segments)
+
+
+def _size_report(bench: Bench, segments: int, decode: bool = False) -> SizeReport:
     logits = next(report for report in bench.comparison.reports() if report.operator == WHOLE_PASS)
-    return SizeReport(segments, logits.comparisons, logits.differences)
+    return SizeReport(segments, logits.comparisons, logits.differences, decode)
+
+
+def _worst_of_ranks(reports: Sequence[SizeReport], group: GroupCoordinator | None) -> tuple[SizeReport, ...]:
+    """Of each size the report of the rank that saw most differences."""
+    of_ranks = cast("list[list[SizeReport]]", of_all_ranks(reports, group))
+    return tuple(max(each, key=lambda report: report.differences) for each in zip(*of_ranks, strict=True))
 
 
 def certify_decode(
@@ -210,8 +219,7 @@ def certify_decode(
         bench = Bench(full, space, workspace)
         bench.run((), probes.reference(space))
         reports = [_compare_step(bench.comparison, step, space, most, workspace, quick) for step in steps]
-    of_ranks = cast("list[list[SizeReport]]", of_all_ranks(reports, group_of(full)))
-    return tuple(max(each, key=lambda report: report.differences) for each in zip(*of_ranks, strict=True))
+    return _worst_of_ranks(reports, group_of(full))
 
 
 def _compare_step(
@@ -228,5 +236,4 @@ def _compare_step(
         bench.run((probes.row_by_row(space),))
     except CertificationError:  # NaN where the full pass has numbers, on some rank, so on all
         return SizeReport(step.segments, 1, 1, decode=True)
-    logits = next(report for report in bench.comparison.reports() if report.operator == WHOLE_PASS)
-    return SizeReport(step.segments, logits.comparisons, logits.differences, decode=True)
+    return _size_report(bench, step.segments, decode=True)

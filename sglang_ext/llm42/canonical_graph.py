@@ -165,21 +165,18 @@ def canonical_passes_for(
     """
     sizes = smaller_sizes(config.verify_batch_size) if config.smaller_passes else ()
     woven = _woven_sizes(model_runner, config, sizes, attention)
-    rows = config.window_size
-    full = CanonicalPass(
-        model_runner, config.verify_batch_size, rows, attention, halves=config.verify_batch_size in woven
-    )
-    smaller = [
+    rows, total = config.window_size, config.window_size * config.verify_batch_size
+    full, *smaller = (
         CanonicalPass(
             model_runner,
             size,
             rows,
             attention,
             halves=size in woven,
-            padding=None if woven else find_padding(model_runner.model, size * rows, full.segments * rows),
+            padding=None if woven else find_padding(model_runner.model, size * rows, total),
         )
-        for size in sizes
-    ]
+        for size in (config.verify_batch_size, *sizes)
+    )
     if torch.device(full.device).type != "cuda":
         return PassSizes(full, smaller)
     captured = CapturedCanonicalPass(full)

@@ -8,6 +8,7 @@ verification of every token that it decides.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -48,10 +49,10 @@ def sizes_to_try(device: str, most: int, full: int) -> tuple[int, ...]:
         most: rows that a batch may have.
         full: rows of the full canonical pass.
     """
-    sizes = GPU_SIZES if device == "cuda" else tuple(sorted({*CPU_SIZES, full}))
-    smaller = tuple(size for size in sizes if size < most)
-    larger = tuple(size for size in sizes if size >= most)
-    return smaller + (larger[:1] if device == "cuda" else tuple(sorted({*larger[:1], full} - {*smaller})))
+    if device == "cuda":
+        return GPU_SIZES[: bisect_left(GPU_SIZES, most) + 1]
+    sizes = sorted({*CPU_SIZES, full})
+    return tuple(sorted({*sizes[: bisect_left(sizes, most) + 1], full}))
 
 
 class DecodePolicy:

@@ -220,16 +220,19 @@ class Runtime:
         if state is None:
             step.positions[number] = req.kv_committed_len
             return
-        could_decide = lane is not None and step.size is not None and state.decidable and not hold
-        if could_decide and lane is not None and lane.pending and not lane.in_flight:
+        if lane is None or hold:
+            step.idle.append(number)
+            return
+        may_decide = step.size is not None and state.decidable
+        if may_decide and lane.pending and not lane.in_flight:
             # Once its candidates are verified it decides.
             lane.urgent = True
-        if lane is None or hold or not self._can_decode(step, row):
+        if not self._can_decode(step, row):
             step.idle.append(number)
             return
         step.positions[number] = lane.decode_position
         step.drafting.append(number)
-        if could_decide and lane.settled:
+        if may_decide and lane.settled:
             step.deciding.add(number)
 
     def run_step(
