@@ -1,8 +1,9 @@
 """What a canonical pass costs on this GPU, and how much of it could be hidden beside decode.
 
-For each canonical shape: the time of a pass alone, captured and eager. For each decode batch: the time of a
-step alone, then of steps and passes one after the other, and of both on two streams. The two bounds of hiding
-are their sum (one after the other) and the longer of them (perfectly overlapped).
+For each canonical shape: the time of a pass alone, captured and eager, and of one that computes prompts. For
+each decode batch: the time of a step alone, then of steps and passes one after the other, and of both on two
+streams. The two bounds of hiding are their sum (one after the other) and the longer of them (perfectly
+overlapped).
 
 No scheduler and no server: SGLang's model runner with its own decode graphs, our captured pass, random
 weights of Llama-3.1-8B's shape. Writes a CSV and prints a table. --high-priority-decode captures SGLang's
@@ -104,19 +105,32 @@ def green_context(sms: int) -> Any:
 
 def canonical_pass(
     runner: Any, rows: int, segments: int, length: int, sms: int
-) -> tuple[Launch, Launch, Any]:
-    """A pass whose segments verify at ``length`` tokens, captured and eager, and the stream it belongs on."""
-    from sglang_ext.llm42.attention import canonical_attention_factory
+) -> tuple[Launch, Launch, Launch, Any]:
+    """A pass whose segments verify at ``length`` tokens, captured and eager; one of prompts of a quarter of
+    that length, captured; and the stream they belong on."""
+    from sglang_ext.llm42.attention import block_rows, canonical_attention_factory
     from sglang_ext.llm42.canonical_graph import CapturedCanonicalPass
     from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment
     from sglang_ext.llm42.lane import SegmentKind
 
     stream = green_context(sms).Stream() if sms else torch.cuda.Stream()
-    eager = CanonicalPass(runner, segments, rows, canonical_attention_factory(runner))
+    block = block_rows(runner.device, rows)
+    eager = CanonicalPass(runner, segments, rows, canonical_attention_factory(runner), block_rows=block)
     captured = CapturedCanonicalPass(eager, stream)
     candidates = CandidateTable(runner.req_to_token_pool.req_to_token.shape[0], 4096, runner.device)
     work = [PassSegment(SegmentKind.VERIFY, 1 + g, length - rows - 1, (), rows) for g in range(segments)]
-    return lambda: captured.run(work, candidates), lambda: eager.run(work, candidates), stream
+    prompt = min(max(1, length // 4 // block) * block, segments * rows)
+    prompts = [
+        PassSegment(SegmentKind.PROMPT, 1 + number, 0, [7] * prompt, prompt)
+        for number in range(segments * rows // prompt)
+    ]
+    ends = torch.arange(1, len(prompts) + 1, device=runner.device) * prompt - 1
+    return (
+        lambda: captured.run(work, candidates),
+        lambda: eager.run(work, candidates),
+        lambda: captured.run_few(prompts, candidates, ends),
+        stream,
+    )
 
 
 def milliseconds(launch: Launch, stream: Any, repeats: int) -> float:
@@ -184,7 +198,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 HEADER = (
-    *("decode_priority", "sms", "W", "G", "batch", "pass_ms", "pass_eager_ms", "pass_host_ms", "step_ms"),
+    *(
+        "decode_priority",
+        "sms",
+        "W",
+        "G",
+        "batch",
+        "pass_ms",
+        "pass_eager_ms",
+        "prompt_pass_ms",
+        "pass_host_ms",
+        "step_ms",
+    ),
     *("steps", "passes", "in_turn_ms", "perfect_ms", "beside_ms", "decode_ended_ms", "hidden"),
 )
 
@@ -203,9 +228,12 @@ def measure(arguments: argparse.Namespace) -> list[tuple[Any, ...]]:
                 width, segments = (int(number) for number in text.split("x"))
                 step = decode_step(runner, max(batches), arguments.length)
                 try:
-                    run, eager, stream = canonical_pass(runner, width, segments, arguments.length, sms)
+                    run, eager, prefill, stream = canonical_pass(
+                        runner, width, segments, arguments.length, sms
+                    )
                     pass_ms = milliseconds(run, stream, arguments.repeats)
                     eager_ms = milliseconds(eager, stream, max(2, arguments.repeats // 4)) if not sms else 0.0
+                    prompt_ms = milliseconds(prefill, stream, arguments.repeats)
                     host_ms = host_milliseconds(run)
                 except Exception as error:
                     say(f"{text} on {sms} multiprocessors: {type(error).__name__}: {error}")
@@ -225,7 +253,7 @@ def measure(arguments: argparse.Namespace) -> list[tuple[Any, ...]]:
                         max(steps * step_ms, passes * pass_ms),
                     )
                     hidden = (in_turn - both) / (in_turn - perfect)
-                    values = (pass_ms, eager_ms, host_ms, step_ms)
+                    values = (pass_ms, eager_ms, prompt_ms, host_ms, step_ms)
                     rows.append(
                         (
                             *(priority, sms, width, segments, batch),

@@ -15,7 +15,7 @@ from sglang_ext.doctor.fingerprint import of_all_ranks
 from sglang_ext.doctor.operators import Recorder
 from sglang_ext.doctor.probes import Pass, Space, Trial
 from sglang_ext.doctor.workspace import Workspace, room
-from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment
+from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment, first_rows
 from sglang_ext.llm42.lane import SegmentKind
 from sglang_ext.tokenweave.runtime import running_half
 
@@ -91,7 +91,8 @@ class Bench:
         comparison: Comparison | None = None,
     ) -> None:
         runner = canonical_pass.model_runner
-        self.comparison = Comparison(space.length, space.rows) if comparison is None else comparison
+        block_rows = canonical_pass.block_rows
+        self.comparison = Comparison(space.length, block_rows) if comparison is None else comparison
         self.passes = 0
         self.fingerprint_rows = torch.empty(0, dtype=torch.int64)
         self.sampled_logits = torch.empty(0)
@@ -117,7 +118,33 @@ class Bench:
             for trial in trials:
                 self._run_trial(trial, is_reference=False)
 
-    def _run_trial(self, trial: Trial, is_reference: bool) -> None:
+    def few_row_differences(self, trials: Iterable[Trial]) -> tuple[int, int]:
+        """Run ``trials`` with logits of all rows, then of few at a time, and compare.
+
+        Returns:
+            Rows compared, and those of them that have other bits.
+        """
+        compared = different = 0
+        for trial in trials:
+            self._place(trial, is_reference=False)
+            for placements in trial.passes:
+                segments = [self._segment(trial, p) for p in placements]
+                everything = self._digests(self._pass.run(segments, self._table))
+                for rows in self._spread_rows(placements):
+                    chosen = rows.to(self._pass.device)
+                    found = self._digests(self._pass.run_few(segments, self._table, chosen))
+                    compared += len(found)
+                    different += int((found != everything[rows]).sum())
+        return compared, different
+
+    def _spread_rows(self, placements: Pass) -> list[torch.Tensor]:
+        """All rows in use in as few choices as the pass allows, each spread over the pass."""
+        firsts = first_rows((p.rows for p in placements), self._pass.block_rows)
+        used = torch.cat([torch.arange(f, f + p.rows) for f, p in zip(firsts, placements, strict=False)])
+        choices = -(-len(used) // self._pass.few_rows)
+        return [used[number::choices] for number in range(choices)]
+
+    def _place(self, trial: Trial, is_reference: bool) -> None:
         workspace = self._workspace
         workspace.begin_trial(trial.garbage)
         for number, request in enumerate(trial.requests):
@@ -125,13 +152,19 @@ class Bench:
                 workspace.place_probe(workspace.rows[number])
             else:
                 workspace.place(workspace.rows[number], request.shared, trial.end(number), trial.garbage)
+
+    @staticmethod
+    def _digests(logits: torch.Tensor) -> torch.Tensor:
+        return row_digests(logits, len(logits)).cpu()
+
+    def _run_trial(self, trial: Trial, is_reference: bool) -> None:
+        self._place(trial, is_reference)
         taints: dict[int, torch.Tensor] = {}
         for placements in trial.passes:
             logits = self._pass.run([self._segment(trial, p) for p in placements], self._table)
-            flat = logits.reshape(-1, logits.shape[-1])
-            digests = row_digests(flat, len(flat)).cpu()
+            digests = self._digests(logits)
             if not self.passes:
-                self._keep_probe(placements, flat, digests)
+                self._keep_probe(placements, logits, digests)
             events = [] if self._recorder is None else self._recorder.take()
             self.comparison.add_pass(trial, placements, digests, events, taints)
             self.passes += 1

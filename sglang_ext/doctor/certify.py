@@ -169,6 +169,31 @@ def certify_sizes(passes: PassSizes, quick: bool = False) -> tuple[SizeReport, .
     return _worst_of_ranks(reports, group_of(passes.full))
 
 
+def certify_few_rows(passes: PassSizes, quick: bool = False) -> tuple[SizeReport, ...]:
+    """Compare passes with logits of few rows with the same passes with logits of all, row by row.
+
+    Every tensor-parallel rank must call it, before traffic: it borrows from the memory pools.
+
+    Returns:
+        A report for each size that has such logits, the full one first, the same on all ranks.
+    """
+    able = [each for each in passes.all if each.few_rows]
+    if not able:
+        return ()
+    full, _ = space_of(passes.full, quick)
+    reports = []
+    with borrow(passes.full.model_runner, full.concurrent, full.rows, full.length) as workspace:
+        Bench(passes.full, full, workspace).run((), probes.reference(full))
+        for each in able:
+            space = dataclasses.replace(
+                full, segments=each.segments, concurrent=min(each.segments, full.concurrent)
+            )
+            trials = list(probes.quick_trials(space))[-1 if quick else 0 :]
+            compared = Bench(each, space, workspace).few_row_differences(trials)
+            reports.append(SizeReport(each.segments, *compared, few_rows=each.few_rows))
+    return _worst_of_ranks(reports, group_of(passes.full))
+
+
 def _compare_size(
     seen: Comparison, canonical_pass: AnyCanonicalPass, full: Space, workspace: Workspace, quick: bool
 ) -> SizeReport:
@@ -229,7 +254,7 @@ def _compare_step(
     keys and values of such steps."""
     space = Space(step.segments, 1, min(step.segments, most), full.length)
     comparison = copy.deepcopy(seen)
-    comparison.rows = 1
+    comparison.block_rows = 1
     bench = Bench(step, space, workspace, comparison=comparison)
     try:
         bench.run(probes.quick_trials(space) if quick else probes.step_trials(space))

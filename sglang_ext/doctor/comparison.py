@@ -10,6 +10,7 @@ import torch
 from sglang_ext.doctor.operators import ATTENTION, Event
 from sglang_ext.doctor.probes import Placement, Trial
 from sglang_ext.doctor.report import Difference, OperatorReport
+from sglang_ext.llm42.canonical_pass import first_rows
 
 #: Name in the report of the pass as a whole: its logits.
 WHOLE_PASS = "canonical pass"
@@ -66,11 +67,11 @@ class Comparison:
 
     Args:
         length: positions that a sequence may have.
-        rows: rows of a segment.
+        block_rows: rows of a block of the pass.
     """
 
     length: int
-    rows: int
+    block_rows: int
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _tallies: dict[str, _Tally] = field(default_factory=dict)
     _events: list[tuple[str, str]] = field(default_factory=list)
@@ -96,8 +97,9 @@ class Comparison:
         """
         self._check_events(events)
         operators = _stacked(events, len(logits))
-        for segment, placement in enumerate(placements):
-            rows = _Rows(trial, segment, placement, segment * self.rows)
+        firsts = first_rows((placement.rows for placement in placements), self.block_rows)
+        for segment, (placement, first) in enumerate(zip(placements, firsts, strict=False)):
+            rows = _Rows(trial, segment, placement, first)
             here = slice(rows.first_row, rows.first_row + placement.rows)
             taint = taints.setdefault(placement.request, torch.zeros(len(events), dtype=torch.bool))
             sequence = trial.requests[placement.request].sequence

@@ -70,12 +70,15 @@ class SizeReport:
         comparisons: rows whose logits were compared.
         differences: those whose bits differed.
         decode: whether it is a decode step.
+        few_rows: 0, or of how many rows it computed the logits; then it was compared with the same pass with
+            logits of all rows.
     """
 
     segments: int
     comparisons: int
     differences: int
     decode: bool = False
+    few_rows: int = 0
 
     @property
     def passed(self) -> bool:
@@ -87,6 +90,8 @@ class SizeReport:
         rows = f"{self.differences} of {self.comparisons} rows differ"
         kind, unit = ("decode steps", "rows") if self.decode else ("passes", "segments")
         what = f"{kind} of {self.segments} {unit}"
+        if self.few_rows:
+            what += f" with logits of {self.few_rows} rows"
         return f"{what}: {verdict} ({rows})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from sglang_ext.doctor.certify import certify, certify_decode, certify_sizes
+from sglang_ext.doctor.certify import certify, certify_decode, certify_few_rows, certify_sizes
 from sglang_ext.doctor.report import Certificate
 
 if TYPE_CHECKING:
@@ -23,18 +23,19 @@ def certify_configuration(
     Raises:
         NotImplementedError: there is no row-invariant attention for the device.
     """
-    from sglang_ext.llm42.attention import canonical_attention_factory
+    from sglang_ext.llm42.attention import block_rows, canonical_attention_factory
     from sglang_ext.llm42.canonical_decode import canonical_decode_for
     from sglang_ext.llm42.canonical_graph import canonical_passes_for
     from sglang_ext.llm42.config import Llm42Config
 
     model_runner = load(server_args, port_args, tp_rank)
     config = Llm42Config.from_server_args(server_args)
-    passes = canonical_passes_for(model_runner, config.lane, canonical_attention_factory(model_runner))
+    lane = config.lane(block_rows(model_runner.device, config.window_size))
+    passes = canonical_passes_for(model_runner, lane, canonical_attention_factory(model_runner))
     certificate = certify(passes.full, quick)
     if not certificate.passed:
         return certificate
-    sizes = certify_sizes(passes, quick)
+    sizes = certify_sizes(passes, quick) + certify_few_rows(passes, quick)
     if (decode := canonical_decode_for(model_runner, config)) is not None:
         sizes += certify_decode(passes.full, decode.passes.values(), quick)
     return dataclasses.replace(certificate, sizes=sizes)

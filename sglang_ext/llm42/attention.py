@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,18 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sglang_ext.llm42.canonical_pass import AttentionFactory
+
+
+#: Rows of a block on a GPU, where attention computes neighbouring blocks of a request together.
+GPU_BLOCK_ROWS = 8
+
+
+def block_rows(device: str, window_size: int) -> int:
+    """Rows of the blocks that segments of a canonical pass take, a divisor of ``window_size``.
+
+    On a CPU attention reads the whole prefix anew for every block, so there a block is a window.
+    """
+    return math.gcd(window_size, GPU_BLOCK_ROWS) if device == "cuda" else window_size
 
 
 def canonical_attention_factory(model_runner: ModelRunner) -> AttentionFactory:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -50,8 +50,15 @@ class CaptureError(RuntimeError):
     """The canonical pass could not be captured in a CUDA graph."""
 
 
+class Replay(NamedTuple):
+    """A captured forward, and the logits that each replay overwrites."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+
+
 class CapturedCanonicalPass:
-    """A canonical pass as a CUDA graph.
+    """A canonical pass as a CUDA graph, and as a second one with logits of a few chosen rows.
 
     Args:
         eager: the pass to capture; its attention must keep what it plans at fixed addresses.
@@ -80,23 +87,40 @@ class CapturedCanonicalPass:
         self.model_runner = eager.model_runner
         self.segments = eager.segments
         self.rows = eager.rows
+        self.block_rows = eager.block_rows
+        self.total_rows = eager.total_rows
+        self.few_rows = eager.few_rows
         self.device = eager.device
         self.inputs_read: torch.cuda.Event = torch.cuda.Event() if larger is None else larger.inputs_read
         self.memory_gib = 0.0
         self._batch = eager.forward_batch((), CandidateTable(1, self.rows, self.device))
-        self._graph = torch.cuda.CUDAGraph()
+        self._chosen = torch.zeros(self.few_rows, dtype=torch.int64, device=self.device)
         if larger is not None:
             stream = larger.stream
         self.stream: torch.cuda.Stream = own_stream(self.model_runner) if stream is None else stream
-        self._logits = self._capture(None if larger is None else larger._graph.pool())
+        self._all: Replay = self._capture(None if larger is None else larger._all.graph.pool())
+        self._few = self._capture(self._all.graph.pool(), self._chosen) if self.few_rows else None
 
     @torch.no_grad()
     def run(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> torch.Tensor:
         """As :meth:`CanonicalPass.run`, on the current stream; the logits are overwritten by the next run."""
         self._fill(self.eager.forward_batch(segments, candidates))
         self.inputs_read.record()
-        self._graph.replay()
-        return self._logits
+        self._all.graph.replay()
+        return self._all.logits
+
+    @torch.no_grad()
+    def run_few(
+        self, segments: Sequence[PassSegment], candidates: CandidateTable, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        """As :meth:`CanonicalPass.run_few`, on the current stream; the next run overwrites the logits."""
+        if self._few is None:
+            raise ValueError("this canonical pass computes the logits of all its rows")
+        self._fill(self.eager.forward_batch(segments, candidates))
+        self._chosen[: len(chosen)].copy_(chosen, non_blocking=True)
+        self.inputs_read.record()
+        self._few.graph.replay()
+        return self._few.logits[: len(chosen)]
 
     @torch.no_grad()
     def run_rows(self, decode: ForwardBatch, positions: Sequence[int]) -> torch.Tensor:
@@ -106,8 +130,8 @@ class CapturedCanonicalPass:
         read = torch.cuda.Event()
         read.record()
         self.model_runner.war_fastpath_read_done_event = read
-        self._graph.replay()
-        return self._logits[: len(positions), 0]
+        self._all.graph.replay()
+        return self._all.logits[: len(positions)]
 
     def _fill(self, batch: ForwardBatch) -> None:
         """Bring to the graph's addresses what it reads of ``batch``."""
@@ -116,9 +140,10 @@ class CapturedCanonicalPass:
             getattr(self._batch, name).copy_(getattr(batch, name), non_blocking=True)
 
     @torch.no_grad()
-    def _capture(self, pool: Any) -> torch.Tensor:
+    def _capture(self, pool: Any, chosen: torch.Tensor | None = None) -> Replay:
         from sglang.srt.distributed.parallel_state import graph_capture
 
+        graph = torch.cuda.CUDAGraph()
         started = time.perf_counter()
         free, _ = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
@@ -126,10 +151,10 @@ class CapturedCanonicalPass:
             with graph_capture(stream=self.stream):
                 self.eager.attention.init_forward_metadata(self._batch)
                 for _ in range(WARM_UP_PASSES):
-                    self.eager.forward(self._batch)
+                    self.eager.forward(self._batch, chosen)
                 torch.cuda.synchronize()
-                with torch.cuda.graph(self._graph, pool=pool, stream=self.stream):
-                    logits = self.eager.forward(self._batch)
+                with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                    logits = self.eager.forward(self._batch, chosen)
             torch.cuda.synchronize()
         except Exception as error:
             raise CaptureError(
@@ -138,16 +163,18 @@ class CapturedCanonicalPass:
                 f"{error}. If memory ran out, lower --mem-fraction-static or --llm42-verify-batch-size, or "
                 "start with --llm42-canonical-decode never."
             ) from error
-        self.memory_gib = (torch.cuda.memory_reserved() - reserved) / GIB
+        taken = (torch.cuda.memory_reserved() - reserved) / GIB
+        self.memory_gib += taken
         logger.info(
-            "Canonical pass of %d x %d rows captured in a CUDA graph: %.2f GiB, %.1f s, %.1f GiB left",
+            "Canonical pass of %d x %d rows%s captured in a CUDA graph: %.2f GiB, %.1f s, %.1f GiB left",
             self.segments,
             self.rows,
-            self.memory_gib,
+            "" if chosen is None else f" with logits of {len(chosen)}",
+            taken,
             time.perf_counter() - started,
             torch.cuda.mem_get_info()[0] / GIB,
         )
-        return logits
+        return Replay(graph, logits)
 
 
 def canonical_passes_for(
@@ -157,7 +184,7 @@ def canonical_passes_for(
 
     Args:
         model_runner: SGLang's model runner, with pools allocated, weights loaded and its own graphs captured.
-        config: G, W, and whether there are smaller passes.
+        config: G, W, rows of a block, and whether there are smaller passes.
         attention: factory of the row-invariant attention backend.
 
     Raises:
@@ -174,6 +201,7 @@ def canonical_passes_for(
             attention,
             halves=size in woven,
             padding=None if woven else find_padding(model_runner.model, size * rows, total),
+            block_rows=config.block_rows,
         )
         for size in (config.verify_batch_size, *sizes)
     )

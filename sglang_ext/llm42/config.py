@@ -24,8 +24,8 @@ class Llm42Config:
     """What the scheduler side of LLM-42 needs to know.
 
     Attributes:
-        window_size: rows of a segment (W), ``--llm42-window-size``.
-        verify_batch_size: most segments of a canonical pass (G), ``--llm42-verify-batch-size``.
+        window_size: most rows of a segment (W), ``--llm42-window-size``.
+        verify_batch_size: such segments that a canonical pass holds (G), ``--llm42-verify-batch-size``.
         max_wait_steps: decode steps a due segment may wait, ``--llm42-max-wait-steps``.
         overlap_verification: whether passes may run beside decode on a GPU, unless
             ``--llm42-disable-overlap-verification``.
@@ -53,12 +53,12 @@ class Llm42Config:
             canonical_decode=DecodeMode(server_args.llm42_canonical_decode),
         )
 
-    @property
-    def lane(self) -> LaneConfig:
-        """The same as the lane's configuration."""
+    def lane(self, block_rows: int) -> LaneConfig:
+        """The same as the lane's configuration, with blocks of so many rows."""
         return LaneConfig(
             self.window_size,
             self.verify_batch_size,
             self.max_wait_steps,
             smaller_passes=self.smaller_passes,
+            block_rows=block_rows,
         )

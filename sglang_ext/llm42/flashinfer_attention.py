@@ -2,8 +2,10 @@
 
 Three settings make it row invariant: the paged wrapper alone, so that a segment reads its own keys and
 values from the cache like everything before them (the ragged kernel with a merge would not); no split-KV, so
-that one thread block sums over a row's whole prefix in one order (FlashInfer's Hopper kernel has none); and a
-fixed number of rows per segment.
+that one thread block sums over a row's whole prefix in one order (FlashInfer's Hopper kernel has none); and
+tiles of keys that begin at the same positions whatever rows they are computed for. Its tiles of query rows
+hold rows of one sequence: neighbouring blocks that follow each other in a request are one, so that a prompt
+fills its tiles.
 
 Everything that the kernel reads stands at fixed addresses, so that it can be captured in a CUDA graph: the
 plan in FlashInfer's integer workspace, the KV slots in a list of our own. Both are written anew before each
@@ -37,11 +39,31 @@ SLOT_PADDING = 256
 PLANS_UNDER_WAY = 2
 
 
+def sequences(rids: Sequence[str], starts: Sequence[int], rows: int) -> list[int]:
+    """Blocks of each sequence at its first block, and 0 at those that continue it.
+
+    Args:
+        rids: request of each block.
+        starts: position of its first row.
+        rows: of each block.
+    """
+    counts: list[int] = []
+    first = 0
+    for block, (rid, start) in enumerate(zip(rids, starts, strict=True)):
+        if block and rid == rids[block - 1] and start == starts[block - 1] + rows:
+            counts[first] += 1
+            counts.append(0)
+        else:
+            first = block
+            counts.append(1)
+    return counts
+
+
 class Scratch(NamedTuple):
     """Memory that backends whose passes never run at the same time may share.
 
     Attributes:
-        slots: KV slots of all segments, int32.
+        slots: KV slots of all sequences, int32.
         workspace: FlashInfer's, for what it computes.
     """
 
@@ -50,16 +72,16 @@ class Scratch(NamedTuple):
 
 
 class CanonicalFlashInferBackend(AttentionBackend):
-    """Attention of canonical passes of ``segments`` segments with ``rows`` rows.
+    """Attention of canonical passes of ``blocks`` blocks with ``rows`` rows.
 
-    FlashInfer's kernel computes tiles of 128 query rows, one head at a time. A segment of a single row would
+    FlashInfer's kernel computes tiles of 128 query rows, one head at a time. A block of a single row would
     fill one row of a tile for each head; there the query heads that share a key head stand below each other
     as rows, without a mask, since all of them end at the same position. A row's arithmetic is the same in
     both: tiles of as many keys, in the same order.
 
     Args:
         model_runner: SGLang's model runner, with pools allocated.
-        scratch: that of a backend of at least as many segments of as many rows; None for its own.
+        scratch: that of a backend of at least as many blocks of as many rows; None for its own.
 
     Attributes:
         scratch: its own or the given one.
@@ -68,9 +90,9 @@ class CanonicalFlashInferBackend(AttentionBackend):
         ValueError: the KV cache is not in the model's own precision.
     """
 
-    def __init__(self, model_runner: Any, segments: int, rows: int, scratch: Scratch | None = None) -> None:
+    def __init__(self, model_runner: Any, blocks: int, rows: int, scratch: Scratch | None = None) -> None:
         super().__init__()
-        self.segments = segments
+        self.blocks = blocks
         self.rows = rows
         self.device = model_runner.device
         self.token_to_kv_pool = model_runner.token_to_kv_pool
@@ -91,7 +113,6 @@ class CanonicalFlashInferBackend(AttentionBackend):
         self._folded = self._heads // self._kv_heads if rows == 1 else 1
         self._query_rows = rows * self._folded
         self._causal = rows > 1
-        self._qo_indptr = torch.arange(segments + 1, dtype=torch.int32) * self._query_rows
         self._wrapper = self._make_wrapper(model_runner.dtype)
         self._layout = list(self._wrapper._plan_info)
         self._staging = _Staging(self._wrapper._int_workspace_buffer.shape[0])
@@ -100,7 +121,7 @@ class CanonicalFlashInferBackend(AttentionBackend):
         width = self.req_to_token_pool.req_to_token.shape[1]
         return Scratch(
             torch.zeros(
-                self.segments * (width + self.rows) + SLOT_PADDING, dtype=torch.int32, device=self.device
+                self.blocks * (width + self.rows) + SLOT_PADDING, dtype=torch.int32, device=self.device
             ),
             torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=self.device),
         )
@@ -109,22 +130,23 @@ class CanonicalFlashInferBackend(AttentionBackend):
         """FlashInfer's wrapper with our buffers, planned once, which compiles and loads the kernel."""
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-        indptr = torch.arange(self.segments + 1, dtype=torch.int32) * self.rows
-        last_page_len = torch.ones(self.segments, dtype=torch.int32)
+        indptr = torch.arange(self.blocks + 1, dtype=torch.int32) * self.rows
+        query_indptr = torch.arange(self.blocks + 1, dtype=torch.int32) * self._query_rows
+        last_page_len = torch.ones(self.blocks, dtype=torch.int32)
         wrapper = BatchPrefillWithPagedKVCacheWrapper(
             self.scratch.workspace,
             "NHD",
             use_cuda_graph=True,
-            qo_indptr_buf=self._qo_indptr.to(self.device),
+            qo_indptr_buf=query_indptr.to(self.device),
             paged_kv_indptr_buf=indptr.to(self.device),
             paged_kv_indices_buf=self._slots,
             paged_kv_last_page_len_buf=last_page_len.to(self.device),
             backend=KERNEL,
         )
         wrapper.plan(
-            self._qo_indptr,
+            query_indptr,
             indptr,
-            self._slots[: self.segments * self.rows],
+            self._slots[: self.blocks * self.rows],
             last_page_len,
             self._heads // self._folded,
             self._kv_heads,
@@ -140,12 +162,17 @@ class CanonicalFlashInferBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Write the plan and the KV slots of a pass, on the current stream."""
         starts = forward_batch.extend_prefix_lens_cpu
-        begins = [0, *accumulate(start + self.rows for start in starts)]
-        self._plan(starts, begins)
-        self._write_slots(forward_batch, begins[:-1])
+        joined = sequences(forward_batch.rids, starts, self.rows) if self._causal else [1] * self.blocks
+        # Of each sequence: the keys in front of it and its own. A block that continues one has none.
+        lengths = [
+            start + count * self.rows if count else 0 for start, count in zip(starts, joined, strict=True)
+        ]
+        begins = [0, *accumulate(lengths)]
+        self._plan([count * self._query_rows for count in joined], lengths, begins)
+        self._write_slots(forward_batch, joined, begins)
 
-    def _plan(self, starts: Sequence[int], begins: Sequence[int]) -> None:
-        """FlashInfer's schedule for these lengths.
+    def _plan(self, queries: Sequence[int], lengths: Sequence[int], begins: Sequence[int]) -> None:
+        """FlashInfer's schedule for so many query rows and keys.
 
         The wrapper's own ``plan`` would also copy what has not changed. SGLang calls the module in the same
         way (``fast_prefill_plan`` in ``srt/layers/attention/flashinfer_backend.py``), for the other kernel.
@@ -159,11 +186,11 @@ class CanonicalFlashInferBackend(AttentionBackend):
                 wrapper._float_workspace_buffer,
                 wrapper._int_workspace_buffer,
                 pinned,
-                self._qo_indptr,
+                torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
                 torch.tensor(begins, dtype=torch.int32),
-                torch.tensor([start + self.rows for start in starts], dtype=torch.int32),
-                self.segments * self._query_rows,
-                self.segments,
+                torch.tensor(lengths, dtype=torch.int32),
+                self.blocks * self._query_rows,
+                self.blocks,
                 self._heads // self._folded,
                 self._kv_heads,
                 1,  # page_size
@@ -176,8 +203,8 @@ class CanonicalFlashInferBackend(AttentionBackend):
         if list(layout) != self._layout:
             raise RuntimeError("FlashInfer laid out a plan otherwise than the one that was captured")
 
-    def _write_slots(self, forward_batch: Any, begins: Sequence[int]) -> None:
-        """KV slots of each segment in turn: those of its prefix, then those that its own rows write.
+    def _write_slots(self, forward_batch: Any, joined: Sequence[int], begins: Sequence[int]) -> None:
+        """KV slots of each sequence in turn: those of its prefix, then those that its own rows write.
 
         Padded rows write to slot 0, and no slot behind the used rows is read. The kernel multiplies masked
         values by zero, so a NaN that another request left in such a slot would reach every row.
@@ -185,12 +212,18 @@ class CanonicalFlashInferBackend(AttentionBackend):
         from sglang.kernels.ops.kvcache.kv_indices import create_flashinfer_kv_indices_triton
 
         table = self.req_to_token_pool.req_to_token
-        begin = to_device(list(begins), self.device, torch.int64)
-        prefix = forward_batch.extend_prefix_lens
-        create_flashinfer_kv_indices_triton[(self.segments,)](
+        starts = forward_batch.extend_prefix_lens_cpu
+        first = 0
+        prefixes, own_begins = [], []
+        for block, count in enumerate(joined):
+            first = begins[block] if count else first
+            prefixes.append(starts[block] if count else 0)
+            own_begins.append(first + starts[block])
+        begin, prefix, own_begin = to_device([begins[:-1], prefixes, own_begins], self.device, torch.int64)
+        create_flashinfer_kv_indices_triton[(self.blocks,)](
             table, forward_batch.req_pool_indices, prefix, begin, None, self._slots, table.stride(0)
         )
-        own = (begin + prefix)[:, None] + self._row
+        own = own_begin[:, None] + self._row
         self._slots.index_copy_(0, own.reshape(-1), forward_batch.out_cache_loc.to(torch.int32))
 
     def forward_extend(
@@ -206,11 +239,11 @@ class CanonicalFlashInferBackend(AttentionBackend):
         """Write the pass's keys and values, then attend.
 
         Args:
-            q: ``[segments * rows, heads * head_dim]``.
-            k, v: ``[segments * rows, kv_heads, head_dim]``, or None where another layer wrote them.
+            q: ``[blocks * rows, heads * head_dim]``.
+            k, v: ``[blocks * rows, kv_heads, head_dim]``, or None where another layer wrote them.
 
         Returns:
-            ``[segments * rows, heads * head_dim]``.
+            ``[blocks * rows, heads * head_dim]``.
 
         Raises:
             ValueError: a layer with a window, cross attention or capped logits.

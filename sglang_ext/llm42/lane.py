@@ -33,11 +33,13 @@ class LaneConfig:
     """Shape and policy of the lane.
 
     Attributes:
-        window_size: rows of a segment (W).
-        verify_batch_size: most segments of a canonical pass (G).
+        window_size: most rows of a segment (W).
+        verify_batch_size: segments of W rows that the largest canonical pass holds (G).
         max_wait_steps: decode steps a due segment may wait for the pass to fill up.
         capacity: candidates a request may hold before it stops decoding.
-        smaller_passes: whether passes of fewer segments may be tried.
+        smaller_passes: whether smaller passes may be tried.
+        block_rows: a segment takes whole blocks of so many rows, so that a short one leaves room for others;
+            a divisor of W, W itself by default.
     """
 
     window_size: int
@@ -45,14 +47,30 @@ class LaneConfig:
     max_wait_steps: int = 4
     capacity: int = field(default=0)
     smaller_passes: bool = True
+    block_rows: int = field(default=0)
 
     def __post_init__(self) -> None:
         if self.window_size < 1 or self.verify_batch_size < 1 or self.max_wait_steps < 0:
             raise ValueError(f"not a lane: {self}")
+        if self.block_rows == 0:
+            object.__setattr__(self, "block_rows", self.window_size)
+        if self.block_rows < 0 or self.window_size % self.block_rows:
+            raise ValueError(
+                f"{self.block_rows} rows of a block do not divide {self.window_size} of a window"
+            )
         if self.capacity == 0:
             object.__setattr__(self, "capacity", 2 * self.window_size)
         if self.capacity < self.window_size:
             raise ValueError(f"capacity {self.capacity} is below window_size {self.window_size}")
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the largest canonical pass."""
+        return self.window_size * self.verify_batch_size // self.block_rows
+
+    def blocks_of(self, rows: int) -> int:
+        """Blocks that a segment of ``rows`` rows takes."""
+        return -(-rows // self.block_rows)
 
     @property
     def patience(self) -> int:
@@ -162,10 +180,11 @@ class LaneRequest:
         self.in_flight += rows
 
     def verify_planned(self, rows: int) -> None:
-        """``rows`` rows from ``base`` on went into a pass."""
+        """``rows`` rows from ``base`` on went into a pass; what is behind them stays as urgent as it was."""
         self.in_flight += rows
         self.due_since = None
-        self.urgent = self.doubtful = False
+        if rows == self.pending:
+            self.urgent = self.doubtful = False
 
     def being_judged(self, position: int) -> bool:
         """Whether the candidate at ``position`` is committed, or in a pass under way."""
@@ -203,7 +222,7 @@ class Segment(NamedTuple):
     request: LaneRequest
     kind: SegmentKind
     start: int  # position of the first row
-    rows: int  # rows in use, 1..W; the rest is padding
+    rows: int  # 1..W
 
     @property
     def finishes_prompt(self) -> bool:
@@ -222,9 +241,9 @@ class LanePolicy:
        nothing could decode meanwhile. It runs after ``max_wait_steps`` when due segments fill the smallest
        pass, when a client reads along, or when a request waits for nothing but this verification. Otherwise
        it runs when the oldest due segment has waited ``patience`` steps.
-    3. Half of the segments are kept for prompts and half for verification as long as both wait; within each
+    3. Half of the blocks are kept for prompts and half for verification as long as both wait; within each
        kind the oldest is served first. What stays free is filled with the other kind.
-    4. The pass has the smallest size that holds these. Segments still free verify requests that are not due
+    4. The pass has the smallest size that holds these. Blocks still free verify requests that are not due
        yet, those with a doubtful candidate first, then those with most candidates: the pass costs the same
        with or without them, and a divergence found early wastes less. (To let doubt make a request due costs
        more in passes than it saves in decoding.)
@@ -232,14 +251,14 @@ class LanePolicy:
        each other without a decode step, as SGLang's own prefill batches do.
 
     Attributes:
-        sizes: numbers of segments that a pass may have, ascending up to G; further ones may be set once it is
-            known that they give the same bits.
+        sizes: numbers of blocks that a pass may have, ascending up to the largest pass; further ones may be
+            set once it is known that they give the same bits.
     """
 
     def __init__(self, config: LaneConfig) -> None:
         self.config = config
-        self.sizes: tuple[int, ...] = (config.verify_batch_size,)
-        # Who gets the larger half of an odd number of segments; it alternates, or G = 1 would starve one.
+        self.sizes: tuple[int, ...] = (config.blocks,)
+        # Who gets the larger half of an odd number of blocks; it alternates, or one kind would starve.
         self._prompts_round_up = True
         # Decode steps that were left out in a row.
         self._held = 0
@@ -275,16 +294,18 @@ class LanePolicy:
             can_decode: whether an ordinary decode step would do useful work now.
 
         Returns:
-            At most G segments, those of one request in ascending position; empty if no pass should run.
+            Segments that fit the largest pass, those of one request in ascending position and next to each
+            other; empty if no pass should run.
         """
         self.update_due(requests, step)
         prompts = [r for r in requests if r.prefilling]
         due = sorted((r for r in requests if self._verify_due(r)), key=_due_order)
         if not self._should_run(prompts, due, step, can_decode):
             return []
-        budget = self.config.verify_batch_size
-        wanted_prompt = sum(self._prompt_segments(r) for r in prompts)
-        prompt_budget = _share(budget, wanted_prompt, len(due), self._prompts_round_up)
+        budget = self.config.blocks
+        wanted_prompt = sum(self._prompt_blocks(r) for r in prompts)
+        wanted_due = self._verify_blocks(due)
+        prompt_budget = _share(budget, wanted_prompt, wanted_due, self._prompts_round_up)
         if wanted_prompt and due:
             self._prompts_round_up = not self._prompts_round_up
         segments = self._take_prompts(sorted(prompts, key=_due_order), prompt_budget)
@@ -292,14 +313,22 @@ class LanePolicy:
             (r for r in requests if self._verifiable(r) and not self._verify_due(r)),
             key=lambda r: (not r.doubtful, -r.pending),
         )
-        size = self.size_for(min(budget, len(segments) + len(due)))
-        for request in (*due, *early)[: size - len(segments)]:
-            segments.append(self._verify_segment(request))
+        taken = self.blocks_of(segments)
+        free = self.size_for(min(budget, taken + wanted_due)) - taken
+        for request in (*due, *early):
+            if free == 0:
+                break
+            segments.append(self._verify_segment(request, free * self.config.block_rows))
+            free -= self.config.blocks_of(segments[-1].rows)
         return segments
 
-    def size_for(self, segments: int) -> int:
-        """The smallest size of a pass that holds ``segments`` segments."""
-        return next(size for size in self.sizes if size >= segments)
+    def blocks_of(self, segments: Iterable[Segment]) -> int:
+        """Blocks that ``segments`` take together."""
+        return sum(self.config.blocks_of(segment.rows) for segment in segments)
+
+    def size_for(self, blocks: int) -> int:
+        """The smallest size of a pass that holds ``blocks`` blocks."""
+        return next(size for size in self.sizes if size >= blocks)
 
     def _should_run(
         self, prompts: Sequence[LaneRequest], due: Sequence[LaneRequest], step: int, can_decode: bool
@@ -308,9 +337,10 @@ class LanePolicy:
             return True
         if not due:
             return False
-        if not can_decode or len(due) >= self.config.verify_batch_size or any(r.urgent for r in due):
+        wanted = self._verify_blocks(due)
+        if not can_decode or wanted >= self.config.blocks or any(r.urgent for r in due):
             return True
-        soon = due if len(due) >= self.sizes[0] else [r for r in due if r.streamed or r.length_reached]
+        soon = due if wanted >= self.sizes[0] else [r for r in due if r.streamed or r.length_reached]
         return _waited(soon, step) >= self.config.max_wait_steps or _waited(due, step) >= self.config.patience
 
     def _verifiable(self, request: LaneRequest) -> bool:
@@ -322,23 +352,29 @@ class LanePolicy:
         enough = self._stream_window if request.streamed else self.config.window_size
         return request.pending >= enough or request.length_reached or request.urgent
 
-    def _prompt_segments(self, request: LaneRequest) -> int:
-        return -(-(request.known_end - request.planned_end) // self.config.window_size)
+    def _prompt_blocks(self, request: LaneRequest) -> int:
+        return self.config.blocks_of(request.known_end - request.planned_end)
+
+    def _verify_blocks(self, requests: Iterable[LaneRequest]) -> int:
+        return sum(self.config.blocks_of(min(r.pending, self.config.window_size)) for r in requests)
 
     def _take_prompts(self, prompts: Iterable[LaneRequest], budget: int) -> list[Segment]:
+        """As many rows of ``prompts`` as ``budget`` blocks hold."""
         segments: list[Segment] = []
         for request in prompts:
-            while request.prefilling and len(segments) < budget:
-                rows = min(self.config.window_size, request.known_end - request.planned_end)
+            while request.prefilling and budget > 0:
+                most = min(self.config.window_size, budget * self.config.block_rows)
+                rows = min(most, request.known_end - request.planned_end)
                 segments.append(Segment(request, SegmentKind.PROMPT, request.planned_end, rows))
                 request.prompt_planned(rows)
+                budget -= self.config.blocks_of(rows)
             if not request.prefilling:
                 request.due_since = None
         return segments
 
-    def _verify_segment(self, request: LaneRequest) -> Segment:
+    def _verify_segment(self, request: LaneRequest, most: int) -> Segment:
         assert request.base is not None
-        rows = min(request.pending, self.config.window_size)
+        rows = min(request.pending, self.config.window_size, most)
         request.verify_planned(rows)
         return Segment(request, SegmentKind.VERIFY, request.base, rows)
 
@@ -353,7 +389,7 @@ def _due_order(request: LaneRequest) -> int:
 
 
 def _share(budget: int, first: int, second: int, round_up: bool) -> int:
-    """Segments for the first of two kinds that want ``first`` and ``second``: half, and what is left over."""
+    """Blocks for the first of two kinds that want ``first`` and ``second``: half, and what is left over."""
     half = (budget + 1) // 2 if round_up else budget // 2
     return min(first, max(budget - second, half))
 

@@ -1,15 +1,18 @@
 """Canonical passes of several sizes that give every row the same bits.
 
-A pass that holds two segments need not compute eight. What deterministic output rests on is that a row's
-bits do not depend on its pass, and kernels often keep that promise from one number of rows to another as
-well: a matrix product sums over its inner dimension in one order unless the library splits it. Which sizes do
-is found out, not assumed: only those that the certification has compared with the full pass may run.
+A pass that holds two blocks need not compute eight, nor the logits of rows that decide nothing. What
+deterministic output rests on is that a row's bits do not depend on its pass, and kernels often keep that
+promise from one number of rows to another as well: a matrix product sums over its inner dimension in one
+order unless the library splits it. Which sizes do is found out, not assumed: only those that the
+certification has compared with the full pass may run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
+
+from sglang_ext.llm42.canonical_pass import first_rows
 
 if TYPE_CHECKING:
     import torch
@@ -24,27 +27,39 @@ SHARES = (1 / 4, 3 / 8, 1 / 2, 3 / 4)
 
 
 def smaller_sizes(segments: int) -> tuple[int, ...]:
-    """Numbers of segments to try beside ``segments``, ascending."""
+    """Numbers of full segments to try beside ``segments``, ascending."""
     return tuple(sorted({max(1, int(segments * share)) for share in SHARES} - {segments}))
 
 
 class PassSizes:
-    """The canonical pass of G segments, and smaller ones.
+    """The canonical pass of G segments of W rows, and smaller ones.
 
     Args:
         full: the pass that decides what the bits are.
-        smaller: passes of the same rows and fewer segments. None of them runs before :meth:`allow`.
+        smaller: passes of the same W and fewer segments. None of them runs before :meth:`allow`.
 
     Attributes:
         full: as above.
         smaller: by number of segments.
         sizes: numbers of segments of the passes that may run, ascending.
+        few: those of them that may compute the logits of few rows alone; none before :meth:`allow_few`.
     """
 
     def __init__(self, full: AnyCanonicalPass, smaller: Iterable[AnyCanonicalPass] = ()) -> None:
         self.full = full
         self.smaller = {each.segments: each for each in smaller}
         self.sizes: tuple[int, ...] = (full.segments,)
+        self.few: frozenset[int] = frozenset()
+
+    @property
+    def all(self) -> tuple[AnyCanonicalPass, ...]:
+        """The passes of every size, whether they may run or not; the full one first."""
+        return (self.full, *self.smaller.values())
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Blocks of the passes that may run, ascending."""
+        return tuple(size * self.full.rows // self.full.block_rows for size in self.sizes)
 
     def allow(self, sizes: Iterable[int]) -> None:
         """Let smaller passes of these ``sizes`` run, and no others: they give the full pass's bits.
@@ -57,11 +72,31 @@ class PassSizes:
             raise ValueError(f"no canonical pass of {sorted(unknown)} segments, only of {list(self.smaller)}")
         self.sizes = (*sorted(allowed), self.full.segments)
 
-    def run(self, segments: Sequence[PassSegment], candidates: CandidateTable) -> torch.Tensor:
+    def allow_few(self, sizes: Iterable[int]) -> None:
+        """Let passes of these ``sizes``, and no others, compute the logits of few rows alone: the same bits.
+
+        Raises:
+            ValueError: there is no such pass.
+        """
+        allowed = frozenset(sizes)
+        if unknown := allowed - {each.segments for each in self.all if each.few_rows}:
+            raise ValueError(f"no canonical pass of {sorted(unknown)} segments has logits of few rows")
+        self.few = allowed
+
+    def run(
+        self, segments: Sequence[PassSegment], candidates: CandidateTable, rows: torch.Tensor
+    ) -> torch.Tensor:
         """As :meth:`CanonicalPass.run`, by the smallest pass that may run and holds ``segments``.
 
+        Args:
+            rows: rows of the pass whose logits are wanted, int64 ``[n]`` on its device.
+
         Returns:
-            Logits, shape ``[size, W, vocabulary]``; the next run may overwrite them.
+            Their logits, shape ``[n, vocabulary]``, in memory of their own.
         """
-        size = next(size for size in self.sizes if size >= len(segments))
-        return self.smaller.get(size, self.full).run(segments, candidates)
+        taken = first_rows((segment.rows for segment in segments), self.full.block_rows)[-1]
+        size = next(size for size in self.sizes if size * self.full.rows >= taken)
+        chosen = self.smaller.get(size, self.full)
+        if size in self.few and len(rows) <= chosen.few_rows:
+            return chosen.run_few(segments, candidates, rows).clone()
+        return chosen.run(segments, candidates)[rows]

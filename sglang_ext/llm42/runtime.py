@@ -22,6 +22,7 @@ import torch
 
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.admission import Admission
+from sglang_ext.llm42.attention import block_rows
 from sglang_ext.llm42.canonical_decode import canonical_decode_for
 from sglang_ext.llm42.canonical_graph import canonical_passes_for
 from sglang_ext.llm42.canonical_pass import AttentionFactory, CandidateTable
@@ -78,7 +79,7 @@ class Runtime:
     """
 
     def __init__(self, model_runner: ModelRunner, config: Llm42Config, attention: AttentionFactory) -> None:
-        lane = config.lane
+        lane = config.lane(block_rows(model_runner.device, config.window_size))
         self.config = config
         self.statistics = Statistics()
         self.admission = Admission()
@@ -171,6 +172,7 @@ class Runtime:
         self.verification.apply_ended()
         rows = [_Row.of(req) for req in reqs]
         step = DecodeStep(list(reqs), [0] * len(reqs), [], [], self._choose_size(rows))
+        self._settle(step, rows)
         hold = self._decide_hold(rows)
         if self.verification.under_way is not None and (hold or not self._any_decodes(step, rows)):
             # There is nothing to do beside the pass.
@@ -194,6 +196,22 @@ class Runtime:
             total += req.kv_committed_len
         return self.canonical_decode.policy.choose(len(rows), decidable, longest, total)
 
+    def _settle(self, step: DecodeStep, rows: Sequence[_Row]) -> None:
+        """Have the candidates verified of rows that ``step`` could decide, if no pass is under way.
+
+        Their pass is launched before the step, not with it: a row that drafted beside the launch would have a
+        candidate left when the pass ends, and so forever.
+        """
+        if step.size is None or self.verification.under_way is not None:
+            return
+        unsettled = [
+            row.lane for row in rows if row.lane is not None and row.lane.pending and _may_decide(step, row)
+        ]
+        for lane in unsettled:
+            lane.urgent = True
+        if unsettled:
+            self.verification.launch(self._requests, self._step_number, can_decode=True)
+
     def _any_decodes(self, step: DecodeStep, rows: Sequence[_Row]) -> bool:
         """Whether a row of the batch can decode while a pass is under way."""
         return any(row.state is None or self._can_decode(step, row) for row in rows)
@@ -206,8 +224,7 @@ class Runtime:
         """
         if row.lane is None or not row.lane.can_decode(self._capacity):
             return False
-        assert row.state is not None
-        return step.size is None or not row.state.decidable or row.lane.in_flight == 0
+        return not _may_decide(step, row) or row.lane.in_flight == 0
 
     def _decide_hold(self, rows: Sequence[_Row]) -> bool:
         """Whether this step should only run a pass; never if an unmarked request waits for its next token."""
@@ -223,16 +240,12 @@ class Runtime:
         if lane is None or hold:
             step.idle.append(number)
             return
-        may_decide = step.size is not None and state.decidable
-        if may_decide and lane.pending and not lane.in_flight:
-            # Once its candidates are verified it decides.
-            lane.urgent = True
         if not self._can_decode(step, row):
             step.idle.append(number)
             return
         step.positions[number] = lane.decode_position
         step.drafting.append(number)
-        if may_decide and lane.settled:
+        if _may_decide(step, row) and lane.settled:
             step.deciding.add(number)
 
     def run_step(
@@ -282,6 +295,11 @@ class Runtime:
         if joined:
             self.verification.apply_ended()
             self.verification.launch(self._requests, self._step_number, can_decode=True)
+
+
+def _may_decide(step: DecodeStep, row: _Row) -> bool:
+    """Whether the token of ``row`` is final if ``step`` runs it on canonical keys and values."""
+    return step.size is not None and row.state is not None and row.state.decidable
 
 
 def empty_result(rows: int, batch: ScheduleBatch) -> GenerationBatchResult:

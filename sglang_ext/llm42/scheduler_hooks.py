@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_ext.doctor.certify import certify_decode, certify_quickly, certify_sizes
+from sglang_ext.doctor.certify import certify_decode, certify_few_rows, certify_quickly, certify_sizes
 from sglang_ext.llm42 import allocation, logprobs
 from sglang_ext.llm42 import request as deterministic
 from sglang_ext.llm42.attention import canonical_attention_factory
@@ -126,6 +126,12 @@ def _certify(scheduler: Scheduler) -> None:
     if sizes:
         seconds = time.perf_counter() - started
         logger.info("Smaller passes (%.1f s): %s", seconds, "; ".join(map(str, sizes)))
+    started = time.perf_counter()
+    few = certify_few_rows(passes, quick=True)
+    passes.allow_few(size.segments for size in few if size.passed)
+    if few:
+        seconds = time.perf_counter() - started
+        logger.info("Logits of few rows (%.1f s): %s", seconds, "; ".join(map(str, few)))
     if (decode := runtime().canonical_decode) is not None:
         started = time.perf_counter()
         steps = certify_decode(passes.full, decode.passes.values(), quick=True)

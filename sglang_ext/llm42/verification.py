@@ -10,7 +10,7 @@ import torch
 
 from sglang_ext.llm42 import logprobs, marked_rows, sampling
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment
+from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment, first_rows
 from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
 from sglang_ext.llm42.pass_stream import PassStream, Results
 from sglang_ext.llm42.request import Verdict
@@ -33,7 +33,7 @@ class LaunchedPass:
         results: canonical token of every deciding row, and the candidate that each of them judges (0 for
             prompts); ``n`` each.
         output_logits: logits of deciding rows by index, where log-probabilities are wanted.
-        prompt_logits: logits of prompt rows by position and segment number, likewise.
+        prompt_logits: segment number, position and logits of prompt rows, likewise.
     """
 
     segments: list[tuple[Segment, Req]]
@@ -78,7 +78,7 @@ class Verification:
     def allow_sizes(self, sizes: Iterable[int]) -> None:
         """Let smaller passes of ``sizes`` segments run, and no others; see :meth:`PassSizes.allow`."""
         self.passes.allow(sizes)
-        self.policy.sizes = self.passes.sizes
+        self.policy.sizes = self.passes.blocks
 
     def launch(self, requests: Mapping[LaneRequest, Req], step: int, can_decode: bool) -> None:
         """Launch the next pass if one should run and none is under way.
@@ -97,10 +97,9 @@ class Verification:
             return
         owned = [(segment, requests[segment.request]) for segment in segments]
         with self._stream.launching():
-            logits = self.passes.run([self._pass_segment(*item) for item in owned], self._table)
-            self._launched = self._judge(owned, logits)
-        rows = self.policy.size_for(len(segments)) * self.policy.config.window_size
-        self._statistics.count_pass(segments, rows)
+            self._launched = self._run(owned)
+        blocks = self.policy.size_for(self.policy.blocks_of(segments))
+        self._statistics.count_pass(segments, blocks * self.policy.config.block_rows)
 
     def _pass_segment(self, segment: Segment, req: Req) -> PassSegment:
         known = segment.kind is SegmentKind.PROMPT
@@ -108,31 +107,40 @@ class Verification:
         token_ids = req.full_untruncated_fill_ids[segment.start : end] if known else ()
         return PassSegment(segment.kind, req.req_pool_idx, segment.start, token_ids, segment.rows)
 
-    def _judge(self, owned: list[tuple[Segment, Req]], logits: torch.Tensor) -> LaunchedPass:
-        """Sample the canonical token of every row that decides something."""
+    def _run(self, owned: list[tuple[Segment, Req]]) -> LaunchedPass:
+        """Run the pass and sample the canonical token of every row that decides something."""
         offsets: list[int | None] = []
-        firsts: list[tuple[int, int, int, int]] = []
+        firsts: list[tuple[int, int, int]] = []
         deciders: list[Req] = []
         counts: list[int] = []
         earlier: list[int] = []
-        for g, (segment, req) in enumerate(owned):
+        begins = first_rows((segment.rows for segment, _ in owned), self.policy.config.block_rows)
+        for begin, (segment, req) in zip(begins, owned, strict=False):
             rows = _deciding_rows(segment)
             offsets.append(len(earlier) if rows else None)
             if not rows:
                 continue
-            firsts.append((g, rows.start, segment.start + rows.start + 1, req.req_pool_idx))
+            firsts.append((begin + rows.start, segment.start + rows.start + 1, req.req_pool_idx))
             deciders.append(req)
             counts.append(len(rows))
             # A row that is judged follows candidates; the end of a prompt follows none.
             earlier += rows if segment.kind is SegmentKind.VERIFY else [0]
         reqs = [req for req, count in zip(deciders, counts, strict=True) for _ in range(count)]
-        prompt_logits = [
-            (g, segment.start + row, logits[g, row].clone())
-            for g, (segment, req) in enumerate(owned)
-            for row in logprobs.prompt_rows(segment, req)
+        prompt_rows = [
+            (g, row) for g, (segment, req) in enumerate(owned) for row in logprobs.prompt_rows(segment, req)
         ]
-        group, row, position, pool = to_device(consecutive_rows(firsts, counts), self._device)
-        deciding = marked_rows.process(logits[group, row], reqs, earlier, self._table)
+        # Rows behind those that decide: their logits are wanted, too.
+        firsts += [(begins[g] + row, 0, 0) for g, row in prompt_rows]
+        row, position, pool = to_device(
+            consecutive_rows(firsts, [*counts, *([1] * len(prompt_rows))]), self._device
+        )
+        pass_segments = [self._pass_segment(*item) for item in owned]
+        logits = self.passes.run(pass_segments, self._table, row)
+        position, pool = position[: len(reqs)], pool[: len(reqs)]
+        prompt_logits = [
+            (g, owned[g][0].start + row, logits[len(reqs) + i]) for i, (g, row) in enumerate(prompt_rows)
+        ]
+        deciding = marked_rows.process(logits[: len(reqs)], reqs, earlier, self._table)
         output_logits = {i: deciding[i] for i, req in enumerate(reqs) if logprobs.wants_output(req)}
         params = sampling.SamplingRows.from_params(
             [marked_rows.row_params(req) for req in deciders], self._device, counts
@@ -212,20 +220,20 @@ def _output_logprobs(
     )
 
 
-def consecutive_rows(firsts: Sequence[tuple[int, int, int, int]], counts: Sequence[int]) -> torch.Tensor:
+def consecutive_rows(firsts: Sequence[tuple[int, int, int]], counts: Sequence[int]) -> torch.Tensor:
     """Rows of several segments in sequence, on the host.
 
     Args:
-        firsts: of each segment its number, and row, position and pool index of its first row.
+        firsts: of each segment row in the pass, position and pool index of its first row.
         counts: how many rows follow each other there, at least one.
 
     Returns:
-        Segment, row, position and pool index of every row; int64 ``[4, rows]``, contiguous.
+        Row in the pass, position and pool index of every row; int64 ``[3, rows]``, contiguous.
     """
     repeats = torch.tensor(counts, dtype=torch.int64)
-    rows = torch.tensor(firsts, dtype=torch.int64).reshape(-1, 4).repeat_interleave(repeats, 0)
+    rows = torch.tensor(firsts, dtype=torch.int64).reshape(-1, 3).repeat_interleave(repeats, 0)
     begins = repeats.cumsum(0) - repeats
-    rows[:, 1:3] += (torch.arange(len(rows)) - begins.repeat_interleave(repeats))[:, None]
+    rows[:, :2] += (torch.arange(len(rows)) - begins.repeat_interleave(repeats))[:, None]
     return rows.T.contiguous()
 
 

@@ -42,11 +42,20 @@ def runner(tiny_llama: Path) -> Iterator[Any]:
     parallel_state.destroy_distributed_environment()
 
 
-def make_pass(runner: Any, attention: Callable[..., Any] | None = None, segments: int = SEGMENTS) -> Any:
-    from sglang_ext.llm42.attention import canonical_attention_factory
+def make_pass(
+    runner: Any,
+    attention: Callable[..., Any] | None = None,
+    segments: int = SEGMENTS,
+    block_rows: int | None = None,
+) -> Any:
+    """With blocks of fewer rows than a window its attention still has the bits of whole windows."""
+    from sglang_ext.llm42.attention import canonical_attention_factory, decode_attention_factory
     from sglang_ext.llm42.canonical_pass import CanonicalPass
 
-    return CanonicalPass(runner, segments, ROWS, attention or canonical_attention_factory(runner))
+    if attention is None and block_rows is not None:
+        attention = decode_attention_factory(runner, ROWS)
+    attention = attention or canonical_attention_factory(runner)
+    return CanonicalPass(runner, segments, ROWS, attention, block_rows=block_rows)
 
 
 @pytest.fixture
@@ -406,3 +415,79 @@ def test_decode_steps_are_compared_with_as_many_requests_as_fit(
 
 def test_a_size_that_was_not_compared_has_not_passed() -> None:
     assert not certification.SizeReport(2, comparisons=0, differences=0).passed
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_passes_of_short_blocks_have_the_bits_of_whole_windows(runner: Any, quick: bool) -> None:
+    whole = certification.certify(make_pass(runner), quick)
+    blocks = certification.certify(make_pass(runner, block_rows=2), quick)
+    assert whole.passed and blocks.passed
+    assert whole.fingerprint == blocks.fingerprint
+
+
+def test_blocks_that_depend_on_their_place_fail(runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places of blocks, not of windows: the second block of a pass computes otherwise."""
+    original = runner.model.model.norm.forward
+
+    def second_block_otherwise(x: torch.Tensor, *rest: Any) -> Any:
+        output = original(x, *rest)
+        output[0][2:4] *= 1.01
+        return output
+
+    monkeypatch.setattr(runner.model.model.norm, "forward", second_block_otherwise)
+    assert not certification.certify(make_pass(runner, block_rows=2), quick=True).passed
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("block_rows", [None, 2])
+def test_logits_of_few_rows_are_compared_with_all(runner: Any, quick: bool, block_rows: int | None) -> None:
+    from sglang_ext.llm42.pass_sizes import PassSizes
+
+    before = pools(runner)
+    passes = PassSizes(make_pass(runner, block_rows=block_rows))
+    [full] = certification.certify_few_rows(passes, quick)
+    assert (full.segments, full.few_rows) == (SEGMENTS, 6)
+    assert full.passed and full.comparisons >= ROWS
+    assert "passes of 3 segments with logits of 6 rows: equal bits" in str(full)
+    assert same(before, pools(runner))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_logits_of_few_rows_with_other_bits_are_refused(
+    runner: Any, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a library computes a product of few rows in another order."""
+    passes = make_sizes(runner)
+    few = passes.full.few_rows
+    _, *others = certification.certify_few_rows(passes, quick)
+    original = runner.model.logits_processor._get_logits
+
+    def few_rows_otherwise(hidden_states: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        logits = original(hidden_states, *rest, **more)
+        return logits * 1.01 if len(hidden_states) == few else logits
+
+    monkeypatch.setattr(runner.model.logits_processor, "_get_logits", few_rows_otherwise)
+    full, *unchanged = certification.certify_few_rows(passes, quick)
+    assert not full.passed and full.differences == full.comparisons > 0
+    assert unchanged == others
+
+
+def test_chosen_rows_are_those_of_the_whole_pass(runner: Any) -> None:
+    from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment
+    from sglang_ext.llm42.lane import SegmentKind
+
+    canonical_pass = make_pass(runner, block_rows=2)
+    table = CandidateTable(2, ROWS, "cpu")
+    # Row 0 of SGLang's table is nobody's, and its slots are the padding slot.
+    segments = [PassSegment(SegmentKind.PROMPT, 0, 0, list(range(5, 5 + ROWS)), ROWS)]
+    everything = canonical_pass.run(segments, table)
+    chosen = torch.tensor([ROWS - 1, 0, 2])
+    assert torch.equal(canonical_pass.run_few(segments, table, chosen), everything[chosen])
+    assert canonical_pass.run_few(segments, table, chosen[:0]).shape == (0, everything.shape[1])
+    assert torch.equal(canonical_pass.run(segments, table), everything), "the choice is undone"
+
+
+def test_a_model_with_no_logits_processor_computes_all_rows() -> None:
+    from sglang_ext.llm42.chosen_rows import ChosenRows
+
+    assert ChosenRows.of(torch.nn.Linear(2, 2)) is None and ChosenRows.of(None) is None

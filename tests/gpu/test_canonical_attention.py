@@ -60,12 +60,29 @@ def _batch(table: torch.Tensor, pools: Sequence[int], starts: Sequence[int], own
         extend_prefix_lens=torch.tensor(starts, dtype=torch.int32, device=table.device),
         req_pool_indices=torch.tensor(pools, device=table.device),
         out_cache_loc=own.to(torch.int64),
+        rids=[str(pool) for pool in pools],
     )
 
 
-def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) -> tuple[int, int]:
+def _places(
+    generator: torch.Generator, requests: int, blocks: int, rows: int, longest: int, run: int
+) -> list[tuple[int, int]]:
+    """Request and start of so many blocks, up to ``run`` of which follow each other in one request."""
+    places: list[tuple[int, int]] = []
+    while len(places) < blocks:
+        pool, start, count = (
+            int(torch.randint(0, most, (1,), generator=generator)) for most in (requests, longest, run)
+        )
+        start = min(start, LENGTH - count * rows)
+        places += [(pool, start + number * rows) for number in range(count + 1)]
+    return places[:blocks]
+
+
+def _differences(
+    backend: Any, queries: torch.Tensor, passes: int, seed: int, run: int = 1
+) -> tuple[int, int]:
     """Rows compared, and rows whose bits changed, over ``passes`` random cuts of the same sequences."""
-    segments, rows = backend.segments, backend.rows
+    segments, rows = backend.blocks, backend.rows
     generator = torch.Generator().manual_seed(seed)
     seen: dict[tuple[int, int], torch.Tensor] = {}
     compared = different = 0
@@ -73,9 +90,8 @@ def _differences(backend: Any, queries: torch.Tensor, passes: int, seed: int) ->
     for number in range(passes):
         # Short and long neighbours by turns: the kernel's schedule follows the lengths of a pass.
         longest = LENGTH if number % 3 else 200
-        starts = torch.randint(0, longest, (segments,), generator=generator).tolist()
-        pools = torch.randint(0, len(queries), (segments,), generator=generator).tolist()
-        places = list(zip(pools, starts, strict=True))
+        places = _places(generator, len(queries), segments, rows, longest, run if number % 2 else 1)
+        pools, starts = (list(each) for each in zip(*places, strict=True))
         own = torch.cat([table[pool, start : start + rows] for pool, start in places])
         q = torch.cat([queries[pool, start : start + rows] for pool, start in places])
         batch = _batch(table, pools, starts, own)
@@ -98,6 +114,20 @@ def test_rows_keep_their_bits_however_segments_are_cut(
     queries = torch.randn(3, LENGTH + rows, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     backend = _backend(monkeypatch, segments, rows, table)
     compared, different = _differences(backend, queries, passes=60, seed=1)
+    assert compared > 1000
+    assert different == 0
+
+
+@pytest.mark.parametrize(("rows", "blocks", "run"), [(8, 16, 4), (8, 128, 100), (16, 64, 30)])
+def test_blocks_that_are_computed_together_keep_their_bits(
+    monkeypatch: pytest.MonkeyPatch, rows: int, blocks: int, run: int
+) -> None:
+    """By turns alone and as part of a longer run, which fills tiles of query rows."""
+    torch.manual_seed(1)
+    table = torch.stack([torch.randperm(SLOTS, device="cuda", dtype=torch.int32) for _ in range(3)])
+    queries = torch.randn(3, LENGTH + rows, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    backend = _backend(monkeypatch, blocks, rows, table)
+    compared, different = _differences(backend, queries, passes=40, seed=2, run=run)
     assert compared > 1000
     assert different == 0
 
@@ -161,6 +191,16 @@ def test_no_slot_behind_the_used_rows_is_read(monkeypatch: pytest.MonkeyPatch) -
     backend.init_forward_metadata(_batch(table, [1, 0, 0], [3, 6, 0], own))
     first, second = [110, 111, 112, 113, 114, 0, 0], [*range(100, 110)]
     listed = first + second + [0] * 4
+    assert backend._slots[: len(listed)].tolist() == listed
+
+
+def test_slots_of_blocks_that_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.arange(2 * 10, dtype=torch.int32, device="cuda").view(2, 10) + 100
+    backend = _backend(monkeypatch, 4, 2, table)
+    # Three rows from position 4 on, the last block half used; two from position 1; a free block.
+    own = torch.tensor([114, 115, 116, 0, 101, 102, 0, 0], device="cuda")
+    backend.init_forward_metadata(_batch(table, [1, 1, 0, 0], [4, 6, 1, 0], own))
+    listed = [*range(110, 117), 0, 100, 101, 102, 0, 0]
     assert backend._slots[: len(listed)].tolist() == listed
 
 

@@ -96,7 +96,7 @@ def test_settled_rows_decide_and_others_draft_until_they_are_verified() -> None:
     assert [KINDS[number] for number in step.drafting] == ["settled", "drafted", "penalised"]
     assert [KINDS[number] for number in step.idle] == ["prompt"]
     assert step.positions == [30, 4, 5, 0, 5]
-    assert [kind for kind, urgent in zip(KINDS, step.urgent, strict=True) if urgent] == ["drafted"]
+    assert not any(step.urgent)
 
 
 @pytest.mark.parametrize(("size", "waits"), [(8, True), (None, False)])
@@ -109,11 +109,38 @@ def test_a_row_waits_while_its_candidates_are_verified(size: int | None, waits: 
     assert (step.idle == [0]) == waits and not step.deciding and not each.lane.urgent
 
 
-def test_a_step_that_only_runs_a_pass_makes_nobody_urgent() -> None:
-    each = row("drafted")
-    step = DecodeStep([each.req], [0], [], [], 8)
-    runtime(8)._place(step, 0, each, hold=True)
-    assert step.idle == [0] and each.lane is not None and not each.lane.urgent
+class FakeVerification:
+    """Notes launches; a pass takes what is urgent."""
+
+    def __init__(self, under_way: object = None) -> None:
+        self.under_way = under_way
+        self.launched: list[LaneRequest] = []
+
+    def launch(self, requests: dict[LaneRequest, Any], step: int, can_decode: bool) -> None:
+        self.launched = [lane for lane in requests if lane.urgent]
+        for lane in self.launched:
+            lane.verify_planned(lane.pending)
+        self.under_way = object()
+
+
+@pytest.mark.parametrize(
+    ("size", "under_way", "launched"), [(8, None, ["drafted"]), (8, "a pass", []), (None, None, [])]
+)
+def test_candidates_of_rows_that_may_decide_are_verified_first(
+    size: int | None, under_way: object, launched: list[str]
+) -> None:
+    """A row that drafted beside the launch of its pass would never be settled."""
+    made, rows = runtime(8), [row(kind) for kind in KINDS]
+    made._requests = {each.lane: each.req for each in rows if each.lane is not None}
+    made._step_number = 1
+    made.verification = FakeVerification(under_way)  # type: ignore[assignment]
+    step = DecodeStep([each.req for each in rows], [0] * len(rows), [], [], size)
+    made._settle(step, rows)
+    taken = made.verification.launched  # type: ignore[attr-defined]
+    assert [kind for kind, each in zip(KINDS, rows, strict=True) if each.lane in taken] == launched
+    for number, each in enumerate(rows):
+        made._place(step, number, each, hold=False)
+    assert ("drafted" in [KINDS[number] for number in step.idle]) == bool(launched)
 
 
 def test_in_sglangs_steps_all_draft() -> None:

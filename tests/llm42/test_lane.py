@@ -6,7 +6,7 @@ import itertools
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sglang_ext.llm42.lane import LaneConfig, LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
@@ -36,17 +36,20 @@ class Simulation:
 
         Args:
             canonical: whether the step decides for settled requests; others are urgent, and wait while their
-                candidates are verified.
+                candidates are verified by a pass that is launched before.
         """
         self.step += 1
         for segment in self.launched:
             self.apply(segment)
         drafting = [r for r in self.requests if r.can_decode(self.config.capacity)]
-        if canonical:
-            for request in self.requests:
-                request.urgent |= request.pending > 0
+        self.launched = []
+        if canonical and (unsettled := [r for r in self.requests if r.pending]):
+            for request in unsettled:
+                request.urgent = True
+            self.launched = self.policy.plan(list(self.requests), self.step, True)
             drafting = [r for r in drafting if r.in_flight == 0]
-        self.launched = self.policy.plan(list(self.requests), self.step, bool(drafting))
+        if not self.launched:
+            self.launched = self.policy.plan(list(self.requests), self.step, bool(drafting))
         self.check(self.launched)
         if self.launched:
             self.passes.append(self.launched)
@@ -79,7 +82,7 @@ class Simulation:
         assert request.in_flight >= 0
 
     def check(self, segments: list[Segment]) -> None:
-        assert len(segments) <= self.config.verify_batch_size
+        assert self.policy.blocks_of(segments) <= self.config.blocks
         last_end: dict[LaneRequest, int] = {}
         for segment in segments:
             assert 1 <= segment.rows <= self.config.window_size
@@ -89,12 +92,18 @@ class Simulation:
             last_end[segment.request] = segment.start + segment.rows
 
 
-configs = st.builds(
-    LaneConfig,
-    window_size=st.integers(1, 9),
-    verify_batch_size=st.integers(1, 6),
-    max_wait_steps=st.integers(0, 6),
-)
+@st.composite
+def some_configs(draw: st.DrawFn) -> LaneConfig:
+    window = draw(st.integers(1, 9))
+    return LaneConfig(
+        window_size=window,
+        verify_batch_size=draw(st.integers(1, 6)),
+        max_wait_steps=draw(st.integers(0, 6)),
+        block_rows=draw(st.sampled_from([rows for rows in range(1, window + 1) if window % rows == 0])),
+    )
+
+
+configs = some_configs()
 prompts = st.lists(
     st.tuples(st.integers(1, 60), st.integers(0, 59), st.integers(0, 40)), min_size=1, max_size=8
 )
@@ -128,6 +137,27 @@ def test_every_request_completes(
         assert request.base is not None
         assert request.base + 1 <= max(request.max_end, known + 1), "no token behind the length limit"
         assert request.base + 1 >= known + min(1, max_new)
+
+
+@given(configs, st.integers(0, 1000), st.integers(1, 20))
+@settings(deadline=None, max_examples=60)
+def test_once_all_steps_are_canonical_candidates_run_out(config: LaneConfig, seed: int, drafted: int) -> None:
+    """Nobody goes on drafting beside a pass that verifies it, or there would always be another candidate."""
+    assume(config.blocks >= 5)
+    simulation = Simulation(config, seed, 0.1)
+    requests = [simulation.admit(3, 0, 200) for _ in range(5)]
+    while not all(r.decoding for r in requests):
+        simulation.run_step()
+    for _ in range(drafted):
+        simulation.run_step()
+    passes = len(simulation.passes)
+    for _ in range(5 * (2 * config.window_size + drafted) + 5):
+        simulation.run_step(canonical=True)
+    assert all(r.settled for r in requests)
+    settled = len(simulation.passes)
+    for _ in range(10):
+        simulation.run_step(canonical=True)
+    assert passes <= settled == len(simulation.passes), "settled requests need no pass"
 
 
 @given(configs, st.integers(0, 1000))

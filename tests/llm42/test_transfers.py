@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sglang_ext.llm42 import canonical_pass, drafting, logit_processing, marked_rows, sampling, verification
-from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment
+from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment, first_rows
 from sglang_ext.llm42.drafting import DecodeStep, Drafting
 from sglang_ext.llm42.lane import LaneRequest, SegmentKind
 from sglang_ext.llm42.logit_processing import RequestRows
@@ -178,20 +178,20 @@ def test_a_batch_without_marked_rows_sends_nothing(engine: Drafting, copies: lis
     ("firsts", "counts"),
     [
         ([], []),
-        ([(0, 0, 5, 3)], [1]),
-        ([(0, 3, 8, 3), (2, 0, 100, 7), (5, 0, 1, 2)], [1, 4, 3]),
+        ([(0, 5, 3)], [1]),
+        ([(3, 8, 3), (8, 100, 7), (40, 1, 2)], [1, 4, 3]),
     ],
 )
 def test_rows_of_segments_follow_each_other(
-    firsts: Sequence[tuple[int, int, int, int]], counts: Sequence[int]
+    firsts: Sequence[tuple[int, int, int]], counts: Sequence[int]
 ) -> None:
     found = consecutive_rows(firsts, counts)
     expected = [
-        (group, row + i, position + i, pool)
-        for (group, row, position, pool), count in zip(firsts, counts, strict=True)
+        (row + i, position + i, pool)
+        for (row, position, pool), count in zip(firsts, counts, strict=True)
         for i in range(count)
     ]
-    assert found.shape == (4, len(expected)) and found.dtype == torch.int64
+    assert found.shape == (3, len(expected)) and found.dtype == torch.int64
     assert [tuple(row) for row in found.T.tolist()] == expected
 
 
@@ -303,7 +303,7 @@ def test_no_rows_at_all() -> None:
 
 
 @pytest.fixture
-def make_pass() -> Callable[[int, int], CanonicalPass]:
+def make_pass() -> Callable[..., CanonicalPass]:
     """Canonical passes without a model."""
     table = torch.arange(POOL * 64, dtype=torch.int32).view(POOL, 64)
     model_runner: Any = SimpleNamespace(
@@ -312,12 +312,13 @@ def make_pass() -> Callable[[int, int], CanonicalPass]:
         model_config=SimpleNamespace(context_len=63),
         spec_algorithm=None,
     )
-    return lambda segments, rows: CanonicalPass(model_runner, segments, rows, cast("Any", lambda *a: None))
+    attention = cast("Any", lambda *arguments: None)
+    return lambda segments, rows, block_rows=None: CanonicalPass(
+        model_runner, segments, rows, attention, block_rows=block_rows
+    )
 
 
-def test_batch_of_a_pass_in_two_copies(
-    make_pass: Callable[[int, int], CanonicalPass], copies: list[Any]
-) -> None:
+def test_batch_of_a_pass_in_two_copies(make_pass: Callable[..., CanonicalPass], copies: list[Any]) -> None:
     candidates = CandidateTable(POOL, 60, "cpu")
     candidates.write(torch.tensor([5, 5, 5]), torch.tensor([10, 11, 12]), torch.tensor([21, 22, 23]))
     segments = [
@@ -353,8 +354,39 @@ def test_batch_of_a_pass_in_two_copies(
     assert batch.extend_prefix_lens.tolist() == [2, 10, 4, 0, 0]
 
 
+def test_segments_take_whole_blocks(make_pass: Callable[..., CanonicalPass], copies: list[Any]) -> None:
+    candidates = CandidateTable(POOL, 60, "cpu")
+    candidates.write(torch.tensor([5, 5, 5]), torch.tensor([10, 11, 12]), torch.tensor([21, 22, 23]))
+    segments = [
+        PassSegment(SegmentKind.PROMPT, 3, 2, (31, 32, 33, 34, 35), 5),
+        PassSegment(SegmentKind.VERIFY, 5, 10, (), 3),
+        PassSegment(SegmentKind.PROMPT, 4, 0, [36], 1),
+    ]
+    made = make_pass(3, 4, 2)
+    assert (made.total_rows, made.blocks) == (12, 6)
+    batch = made.forward_batch(segments, candidates)
+    assert len(copies) == 2
+    assert batch.input_ids.view(6, 2).tolist() == [[31, 32], [33, 34], [35, 0], [21, 22], [23, 0], [36, 0]]
+    assert batch.positions.view(6, 2).tolist() == [[2, 3], [4, 5], [6, 7], [10, 11], [12, 13], [0, 1]]
+    assert batch.out_cache_loc.tolist() == [
+        *(3 * 64 + position for position in (2, 3, 4, 5, 6)),
+        0,
+        *(5 * 64 + position for position in (10, 11, 12)),
+        0,
+        4 * 64,
+        0,
+    ]
+    assert batch.req_pool_indices.tolist() == [3, 3, 3, 5, 5, 4]
+    assert batch.rids == ["3", "3", "3", "5", "5", "4"]
+    assert batch.extend_prefix_lens_cpu == [2, 4, 6, 10, 12, 0]
+    assert batch.batch_size == 6 and batch.extend_num_tokens == 12
+    assert first_rows((segment.rows for segment in segments), 2) == [0, 6, 10, 12]
+    with pytest.raises(ValueError, match="6 blocks cannot hold 7"):
+        made.forward_batch([*segments, PassSegment(SegmentKind.VERIFY, 6, 1, (), 1)], candidates)
+
+
 def test_a_pass_that_only_verifies_takes_one_copy(
-    make_pass: Callable[[int, int], CanonicalPass], copies: list[Any]
+    make_pass: Callable[..., CanonicalPass], copies: list[Any]
 ) -> None:
     candidates = CandidateTable(POOL, 60, "cpu")
     candidates.write(torch.tensor([5, 5]), torch.tensor([10, 11]), torch.tensor([21, 22]))
@@ -378,11 +410,11 @@ def test_transfers_to_a_gpu_wait_for_nothing() -> None:
             decided = array("q", [number])
             parts.append(RequestRows(rows_of, req, decided, candidates, 2, None, stop_tokens))
         logit_processing.apply(parts)
-        rows = to_device(consecutive_rows([(0, 0, 5, 3), (1, 0, 9, 4)], [2, 3]), "cuda")
+        rows = to_device(consecutive_rows([(0, 5, 3), (8, 9, 4)], [2, 3]), "cuda")
         numbers = to_device([[1, 2], [3, 4]], "cuda", torch.int64)
         SamplingRows.from_params(CROWD, "cuda", [1, 2, 3, 4])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert logits[4, 7].isinf() and not logits[5].isfinite().all() and logits[8].eq(0).all()
-    assert rows.tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 1, 2], [5, 6, 9, 10, 11], [3, 3, 4, 4, 4]]
+    assert rows.tolist() == [[0, 1, 8, 9, 10], [5, 6, 9, 10, 11], [3, 3, 4, 4, 4]]
     assert numbers.tolist() == [[1, 2], [3, 4]]
