@@ -152,6 +152,9 @@ CONTENDERS = {
         Contender("verified-10", "verified", 10),
         Contender("one-size-100", "one-size", 100),
         Contender("one-size-10", "one-size", 10),
+        Contender("small-100", "small", 100),
+        Contender("small-50", "small", 50),
+        Contender("small-10", "small", 10),
     )
 }
 DEFAULT_CONTENDERS = "stock,ours-100,ours-50,ours-10,sglang-deterministic,ours-0"
@@ -344,6 +347,7 @@ def system_flags(system: str, arguments: argparse.Namespace) -> list[str]:
         "in-turn": ["--llm42-disable-overlap-verification"],
         "one-size": ["--llm42-disable-smaller-passes"],
         "verified": ["--llm42-canonical-decode", "never"],
+        "small": ["--llm42-verify-batch-size", str(arguments.group // 4), "--llm42-disable-smaller-passes"],
     }.get(system, [])
     return ["--enable-llm42", *map(str, shape), *variant, *shlex.split(arguments.ours_flags)]
 
@@ -389,6 +393,8 @@ def start(
         began = time.perf_counter()
         for percent in (0, 50) if server.client.enable_llm42 else (0,):
             run_offline(server, warm, [is_marked(index, percent) for index in range(len(warm))])
+        # Python's collector looks at all that was imported now and then, which takes 0.4 s.
+        requests.post(f"{server.client.url}/freeze_gc", timeout=60).raise_for_status()
         say(f"{system} is warm after {time.perf_counter() - began:.1f} s")
     return servers
 
@@ -538,7 +544,8 @@ def report(results: Sequence[Result], arguments: argparse.Namespace, flags: Sequ
         "# LLM-42: throughput against stock SGLang",
         "",
         f"Model: {model}. Greedy, fixed output lengths (ignore_eos). Prefix caches are emptied before "
-        "every cell. All servers are up together and take turns; a ratio is of one round. "
+        "every cell. All servers are up together and take turns; a ratio is of one round. Once warm, each "
+        "froze what Python's collector need not look at (SGLang's /freeze_gc). "
         f"W = {arguments.window}, G = {arguments.group}; {arguments.requests} requests per cell.",
         "",
         f"    {shlex.join(['python', 'scripts/bench_llm42.py', *options])}",

@@ -128,11 +128,11 @@ def _all_have_room(model_runner: ModelRunner, sizes: Sequence[int]) -> bool:
 
 
 def _memory_needed(model_runner: ModelRunner, sizes: Sequence[int]) -> int:
-    """Bytes, on the safe side: lists of KV slots, also those that the certification saves, logits of every
-    size, and :data:`SPARE_MEMORY` for the rest."""
+    """Bytes, on the safe side: lists of KV slots, also those that the certification saves, logits, and
+    :data:`SPARE_MEMORY` for the rest."""
     width = int(model_runner.req_to_token_pool.req_to_token.shape[1])
     slots = 2 * max(sizes) * width * 4
-    return slots + sum(sizes) * int(model_runner.model_config.vocab_size) * 4 + SPARE_MEMORY
+    return slots + max(sizes) * int(model_runner.model_config.vocab_size) * 4 + SPARE_MEMORY
 
 
 def _passes(

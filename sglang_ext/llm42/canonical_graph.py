@@ -63,8 +63,8 @@ class CapturedCanonicalPass:
     Args:
         eager: the pass to capture; its attention must keep what it plans at fixed addresses.
         stream: captured on this one, None for one of its own; a graph keeps its priority.
-        larger: a captured pass that never runs at the same time: stream, event and memory pool are shared
-            with it, and its logits may be overwritten by a run of this one.
+        larger: a captured pass that never runs at the same time: stream, event, memory pool and the memory of
+            logits are shared with it.
 
     Attributes:
         eager: the same pass, operator by operator. For the capture, and for the certification to find which
@@ -98,6 +98,7 @@ class CapturedCanonicalPass:
         if larger is not None:
             stream = larger.stream
         self.stream: torch.cuda.Stream = own_stream(self.model_runner) if stream is None else stream
+        self._logits: torch.Tensor | None = self._logits_memory() if larger is None else larger._logits
         self._all: Replay = self._capture(None if larger is None else larger._all.graph.pool())
         self._few = self._capture(self._all.graph.pool(), self._chosen) if self.few_rows else None
 
@@ -133,6 +134,16 @@ class CapturedCanonicalPass:
         self._all.graph.replay()
         return self._all.logits[: len(positions)]
 
+    def _logits_memory(self) -> torch.Tensor | None:
+        """Memory that SGLang copies logits to, ``[rows, vocabulary]``; None where a pass is cut in halves.
+
+        A graph's own would stay allocated for each size.
+        """
+        if self.eager.cut is not None:
+            return None
+        shape = (self.total_rows, int(self.model_runner.model_config.vocab_size))
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
     def _fill(self, batch: ForwardBatch) -> None:
         """Bring to the graph's addresses what it reads of ``batch``."""
         self.eager.attention.init_forward_metadata(batch)
@@ -144,6 +155,9 @@ class CapturedCanonicalPass:
         from sglang.srt.distributed.parallel_state import graph_capture
 
         graph = torch.cuda.CUDAGraph()
+        if self._logits is not None:
+            rows = self.total_rows if chosen is None else len(chosen)
+            self._batch.next_token_logits_buffer = self._logits[:rows]
         started = time.perf_counter()
         free, _ = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
@@ -190,7 +204,7 @@ def canonical_passes_for(
     Raises:
         CaptureError: a capture failed.
     """
-    sizes = smaller_sizes(config.verify_batch_size) if config.smaller_passes else ()
+    sizes = smaller_sizes(config.verify_batch_size, model_runner.device) if config.smaller_passes else ()
     woven = _woven_sizes(model_runner, config, sizes, attention)
     rows, total = config.window_size, config.window_size * config.verify_batch_size
     full, *smaller = (

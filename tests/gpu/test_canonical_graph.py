@@ -203,7 +203,7 @@ def test_smaller_graphs_share_memory_and_are_certified(runner: Any, passes: Any)
     from sglang_ext.doctor.certify import certify_sizes
 
     reports = certify_sizes(passes)
-    assert [report.segments for report in reports] == [2, 3, 4, 6]
+    assert [report.segments for report in reports] == [2, 3, 4, 5, 6, 7]
     assert all(report.comparisons for report in reports)
     allowed = [report.segments for report in reports if report.passed]
     assert allowed, reports
@@ -221,7 +221,7 @@ def test_graphs_with_logits_of_few_rows_have_the_bits_of_all(runner: Any, passes
     from sglang_ext.doctor.certify import certify_few_rows
 
     reports = certify_few_rows(passes)
-    assert [report.segments for report in reports] == [8, 2, 3, 4, 6]
+    assert [report.segments for report in reports] == [8, 2, 3, 4, 5, 6, 7]
     assert all(report.comparisons for report in reports)
     allowed = {report.segments for report in reports if report.passed}
     assert allowed, reports
@@ -229,7 +229,7 @@ def test_graphs_with_logits_of_few_rows_have_the_bits_of_all(runner: Any, passes
     for number in range(20):
         segments = requests.segments(choice)
         taken = _firsts(segments)[-1]
-        size = min(each for each in (2, 3, 4, 6, 8) if each * ROWS >= taken)
+        size = min(each for each in (2, 3, 4, 5, 6, 7, 8) if each * ROWS >= taken)
         if size not in allowed:
             continue
         chosen_pass = passes.smaller.get(size, passes.full)

@@ -56,7 +56,12 @@ def run(passes: PassSizes, segments: int) -> int:
     [(1, ()), (2, (1,)), (4, (1, 2, 3)), (8, (2, 3, 4, 6)), (32, (8, 12, 16, 24))],
 )
 def test_sizes_to_try(segments: int, sizes: tuple[int, ...]) -> None:
-    assert smaller_sizes(segments) == sizes
+    assert smaller_sizes(segments, "cpu") == sizes
+
+
+def test_on_a_gpu_more_sizes_are_tried() -> None:
+    assert smaller_sizes(32, "cuda") == (8, 12, 16, 20, 24, 28)
+    assert smaller_sizes(2, "cuda") == (1,)
 
 
 def test_smaller_passes_run_only_when_allowed(passes: PassSizes) -> None:
