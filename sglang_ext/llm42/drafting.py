@@ -48,6 +48,7 @@ class DecodeStep:
         idle: rows that have nothing to decode: prompt unfinished, or enough candidates waiting.
         size: rows that are computed if the step is canonical, else None.
         deciding: the drafting rows of a canonical step whose token is final.
+        held: whether nobody decodes, so that passes follow each other.
         drafted: rows that did draw a token, once they have.
         narrow: of each of these, whether its candidate won narrowly, bool ``[len(drafted)]`` on the host,
             complete when SGLang has the step's result there.
@@ -61,6 +62,7 @@ class DecodeStep:
     idle: list[int]
     size: int | None = None
     deciding: set[int] = field(default_factory=set)
+    held: bool = False
     drafted: list[int] = field(default_factory=list)
     narrow: torch.Tensor | None = None
     marked: DeviceRows | None = None

@@ -230,6 +230,11 @@ class Segment(NamedTuple):
         return self.kind is SegmentKind.PROMPT and self.start + self.rows == self.request.known_end
 
 
+#: Rows of prompts that passes compute between two decode steps: those of a prefill batch of SGLang's
+#: (``--chunked-prefill-size`` on most GPUs).
+HELD_ROWS = 8192
+
+
 class LanePolicy:
     """Decides when a canonical pass runs and what it carries.
 
@@ -247,8 +252,9 @@ class LanePolicy:
        yet, those with a doubtful candidate first, then those with most candidates: the pass costs the same
        with or without them, and a divergence found early wastes less. (To let doubt make a request due costs
        more in passes than it saves in decoding.)
-    5. While more requests wait for their prompt than could decode, up to ``max_wait_steps`` passes follow
-       each other without a decode step, as SGLang's own prefill batches do.
+    5. Passes follow each other without a decode step, as SGLang's own prefill batches do, while prompts fill
+       another whole one, which would hide nothing beside decode, up to ``HELD_ROWS`` rows in a row; and while
+       more requests wait for their prompt than could decode, up to ``max_wait_steps`` passes.
 
     Attributes:
         sizes: numbers of blocks that a pass may have, ascending up to the largest pass; further ones may be
@@ -262,6 +268,7 @@ class LanePolicy:
         self._prompts_round_up = True
         # Decode steps that were left out in a row.
         self._held = 0
+        self._most_held = max(config.max_wait_steps, HELD_ROWS // (config.blocks * config.block_rows))
         # A stream that waits for whole windows comes in bursts; shorter windows would cost more passes.
         self._stream_window = max(1, config.window_size // 2)
 
@@ -271,11 +278,17 @@ class LanePolicy:
         Args:
             requests: all requests of a batch in which nobody else decodes.
         """
-        waiting = decoding = 0
+        waiting = decoding = blocks = 0
         for request in requests:
             waiting += not request.decoding
             decoding += request.can_decode(self.config.capacity)
-        hold = waiting > decoding > 0 and self._held < self.config.max_wait_steps
+            blocks += self._prompt_blocks(request)
+        most = 0
+        if blocks >= self.config.blocks:
+            most = self._most_held
+        elif waiting > decoding:
+            most = self.config.max_wait_steps
+        hold = decoding > 0 and self._held < most
         self._held = self._held + 1 if hold else 0
         return hold
 

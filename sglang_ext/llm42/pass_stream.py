@@ -3,10 +3,11 @@
 On a CPU a pass runs within the step that launches it. On a GPU it runs on a stream of its own beside decode,
 and a later step finds its result on the host. What orders the two streams:
 
+- Passes are ordered among themselves; where decode waits for prompts, one may be launched behind another.
 - A pass starts after everything that was launched before it: the decode steps that wrote its candidates and
   the keys and values in the slots that it overwrites.
-- Later forwards start once the pass has read SGLang's tables and the candidates (not once it has ended), so
-  the scheduler, which waits for the forward stream, may change these tables again.
+- Later forwards start once the last pass has read SGLang's tables and the candidates (not once it has ended),
+  so the scheduler, which waits for the forward stream, may change these tables again.
 - Decode beside a pass may read slots that the pass is half through overwriting. They belong to candidates:
   what follows from them is verified itself. Committed positions are complete, because they are committed only
   when the host has seen the end of the pass that computed them. The pass reads nothing that decode writes:
@@ -127,7 +128,7 @@ class InlinePasses:
 
 
 class PassesBeside:
-    """Passes on a stream of their own; one at a time, since their buffers are.
+    """Passes on a stream of their own, which orders them: their buffers are the same.
 
     Args:
         stream: theirs.
@@ -194,8 +195,10 @@ class SlotGuard:
         """Slots that the pass ``under_way`` may use are about to be freed."""
         if not isinstance(under_way, DeviceResults) or self._pass is under_way:
             return  # on a CPU passes have ended; slots freed later come into use later
+        left = len(self._allocator.free_pages) if self._allocator.page_size == 1 else 0
+        # What was freed under an earlier pass that has not ended comes into use before.
+        self._left = left if self._pass is None or self._pass.ready() else min(left, self._left)
         self._pass = under_way
-        self._left = len(self._allocator.free_pages) if self._allocator.page_size == 1 else 0
 
     def taken(self, slots: int) -> None:
         """``slots`` KV slots were given to requests whose forward is not the next one."""

@@ -173,12 +173,14 @@ class Runtime:
         rows = [_Row.of(req) for req in reqs]
         step = DecodeStep(list(reqs), [0] * len(reqs), [], [], self._choose_size(rows))
         self._settle(step, rows)
-        hold = self._decide_hold(rows)
-        if self.verification.under_way is not None and (hold or not self._any_decodes(step, rows)):
+        step.held = self._decide_hold(rows)
+        if step.held:
+            self.verification.make_room()
+        while self.verification.under_way is not None and not (step.held or self._any_decodes(step, rows)):
             # There is nothing to do beside the pass.
-            self.verification.apply_launched()
+            self.verification.apply_oldest()
         for number, row in enumerate(rows):
-            self._place(step, number, row, hold)
+            self._place(step, number, row)
         return step
 
     def _choose_size(self, rows: Sequence[_Row]) -> int | None:
@@ -232,12 +234,12 @@ class Runtime:
             return False
         return self._policy.decide_hold(row.lane for row in rows if row.lane is not None)
 
-    def _place(self, step: DecodeStep, number: int, row: _Row, hold: bool) -> None:
+    def _place(self, step: DecodeStep, number: int, row: _Row) -> None:
         req, state, lane = row
         if state is None:
             step.positions[number] = req.kv_committed_len
             return
-        if lane is None or hold:
+        if lane is None or step.held:
             step.idle.append(number)
             return
         if not self._can_decode(step, row):
@@ -265,7 +267,7 @@ class Runtime:
             SGLang's result with the step attached as ``llm42``.
         """
         self._anybody_joined = False
-        self.verification.launch(self._requests, self._step_number, step.useful)
+        self.verification.launch(self._requests, self._step_number, step.useful, behind=step.held)
         if step.useful:
             self.drafting.feed(step, batch)
             self._canonical_step = None if step.size is None else step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,8 +44,13 @@ class LaunchedPass:
     prompt_logits: list[tuple[int, int, torch.Tensor]]
 
 
+#: Passes under way at once where no decode step runs beside them: the device goes on with the second while
+#: the host applies the first.
+PASSES_IN_A_ROW = 2
+
+
 class Verification:
-    """Runs canonical passes, one at a time.
+    """Runs canonical passes, one after the other.
 
     Args:
         passes: of every size.
@@ -68,28 +74,31 @@ class Verification:
         self._stream = stream
         self._table = table
         self._statistics = statistics
-        self._launched: LaunchedPass | None = None
+        self._launched: deque[LaunchedPass] = deque()
 
     @property
     def under_way(self) -> Results | None:
-        """Results of the pass that was launched and not applied, if there is one."""
-        return None if self._launched is None else self._launched.results
+        """Results of the pass that was launched last and not applied, if there is one."""
+        return self._launched[-1].results if self._launched else None
 
     def allow_sizes(self, sizes: Iterable[int]) -> None:
         """Let smaller passes of ``sizes`` segments run, and no others; see :meth:`PassSizes.allow`."""
         self.passes.allow(sizes)
         self.policy.sizes = self.passes.blocks
 
-    def launch(self, requests: Mapping[LaneRequest, Req], step: int, can_decode: bool) -> None:
+    def launch(
+        self, requests: Mapping[LaneRequest, Req], step: int, can_decode: bool, behind: bool = False
+    ) -> None:
         """Launch the next pass if one should run and none is under way.
 
         Args:
             requests: those that hold memory, in order of admission.
             step: running number of the decode step.
             can_decode: whether the step decodes, too.
+            behind: whether the pass may follow one that is under way.
         """
         live = [lane for lane, req in requests.items() if not req.finished()]
-        if self._launched is not None:
+        if len(self._launched) >= (self._most_under_way if behind else 1):
             self.policy.update_due(live, step)
             return
         segments = self.policy.plan(live, step, can_decode)
@@ -97,7 +106,7 @@ class Verification:
             return
         owned = [(segment, requests[segment.request]) for segment in segments]
         with self._stream.launching():
-            self._launched = self._run(owned)
+            self._launched.append(self._run(owned))
         blocks = self.policy.size_for(self.policy.blocks_of(segments))
         self._statistics.count_pass(segments, blocks * self.policy.config.block_rows)
 
@@ -150,19 +159,26 @@ class Verification:
         results = self._stream.results((judged, drafted))
         return LaunchedPass(owned, offsets, results, output_logits, prompt_logits)
 
-    def apply_ended(self) -> None:
-        """Apply the pass if it has ended; one in front of decode always: ranks must not ask their clocks."""
-        if self.under_way is not None and (not self._stream.beside or self.under_way.ready()):
-            self.apply_launched()
+    @property
+    def _most_under_way(self) -> int:
+        return PASSES_IN_A_ROW if self._stream.beside else 1
 
-    def apply_launched(self) -> None:
-        """Apply the pass under way, if there is one; the host waits until it has ended."""
-        launched, self._launched = self._launched, None
-        if launched is not None:
-            self._apply(launched)
+    def apply_ended(self) -> None:
+        """Apply passes that have ended; one in front of decode always: ranks must not ask their clocks."""
+        while self._launched and (not self._stream.beside or self._launched[0].results.ready()):
+            self.apply_oldest()
+
+    def make_room(self) -> None:
+        """Apply the oldest pass if no other may be launched behind those under way."""
+        if len(self._launched) >= self._most_under_way:
+            self.apply_oldest()
+
+    def apply_oldest(self) -> None:
+        """Apply the pass under way that was launched first; the host waits until it has ended."""
+        self._apply(self._launched.popleft())
 
     def wait(self) -> None:
-        """Return when no pass is under way on the device; its result is applied later."""
+        """Return when no pass is under way on the device; results are applied later."""
         if self.under_way is not None:
             self.under_way.read()
 

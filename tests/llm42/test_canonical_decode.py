@@ -85,7 +85,7 @@ def _placed(size: int | None) -> DecodeStep:
     rows = [row(kind) for kind in KINDS]
     step = DecodeStep([each.req for each in rows], [0] * len(rows), [], [], size)
     for number, each in enumerate(rows):
-        runtime(8)._place(step, number, each, hold=False)
+        runtime(8)._place(step, number, each)
     step.urgent = [bool(each.lane and each.lane.urgent) for each in rows]  # type: ignore[attr-defined]
     return step
 
@@ -105,7 +105,7 @@ def test_a_row_waits_while_its_candidates_are_verified(size: int | None, waits: 
     assert each.lane is not None
     each.lane.verify_planned(1)
     step = DecodeStep([each.req], [0], [], [], size)
-    runtime(8)._place(step, 0, each, hold=False)
+    runtime(8)._place(step, 0, each)
     assert (step.idle == [0]) == waits and not step.deciding and not each.lane.urgent
 
 
@@ -139,7 +139,7 @@ def test_candidates_of_rows_that_may_decide_are_verified_first(
     taken = made.verification.launched  # type: ignore[attr-defined]
     assert [kind for kind, each in zip(KINDS, rows, strict=True) if each.lane in taken] == launched
     for number, each in enumerate(rows):
-        made._place(step, number, each, hold=False)
+        made._place(step, number, each)
     assert ("drafted" in [KINDS[number] for number in step.idle]) == bool(launched)
 
 

@@ -274,9 +274,19 @@ def test_room_in_a_pass_goes_to_doubtful_candidates_first() -> None:
     assert not doubtful.doubtful
 
 
+def test_prompts_that_fill_whole_passes_are_computed_without_decode_steps() -> None:
+    policy = LanePolicy(LaneConfig(window_size=512, verify_batch_size=4, max_wait_steps=1))
+    prompt = LaneRequest(known_end=4 * 512, max_end=9000, canonical_end=0)
+    crowd = [prompt, *(decoding(1) for _ in range(20))]
+    held = [policy.decide_hold(crowd) for _ in range(6)]
+    assert held == [True] * 4 + [False, True], "8,192 rows in a row"
+    prompt.prompt_planned(512)
+    assert not policy.decide_hold(crowd), "what is left fills no pass"
+
+
 def test_passes_follow_each_other_while_most_requests_wait_for_their_prompt() -> None:
-    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=2, max_wait_steps=2))
-    waiting = [LaneRequest(known_end=50, max_end=90, canonical_end=0) for _ in range(2)]
+    policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=4, max_wait_steps=2))
+    waiting = [LaneRequest(known_end=8, max_end=90, canonical_end=0) for _ in range(2)]
     assert not policy.decide_hold(waiting), "there is no decode step to leave out"
     held = [policy.decide_hold([*waiting, decoding(1)]) for _ in range(6)]
     assert held == [True, True, False, True, True, False]

@@ -100,6 +100,18 @@ def test_slots_freed_later_do_not_count_as_free_before(stream: _Stream) -> None:
     assert stream.waited == [results.ended]
 
 
+def test_slots_freed_under_an_earlier_pass_still_count_once_one_follows_it(stream: _Stream) -> None:
+    guard, allocator = _guard(free=3)
+    first, second = _under_way(), _under_way()
+    guard.freeing(first)
+    allocator.free_pages = torch.zeros(50)
+    guard.freeing(second)
+    guard.before_forward(3, prompts=False)
+    assert stream.waited == []
+    guard.before_forward(1, prompts=False)
+    assert stream.waited == [second.ended], "it ends after the first"
+
+
 def test_another_pass_is_another_matter(stream: _Stream) -> None:
     guard, allocator = _guard(free=0)
     first, second = _under_way(), _under_way()
