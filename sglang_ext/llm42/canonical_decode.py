@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_ext.doctor.fingerprint import of_all_ranks
-from sglang_ext.llm42 import decode_policy
 from sglang_ext.llm42.attention import decode_attention_factory
 from sglang_ext.llm42.canonical_graph import GIB, CapturedCanonicalPass
 from sglang_ext.llm42.canonical_pass import CanonicalPass
@@ -95,12 +94,7 @@ def canonical_decode_for(model_runner: ModelRunner, config: Llm42Config) -> Cano
     """
     mode = config.canonical_decode
     most = model_runner.max_running_requests
-    least = 1 if mode is DecodeMode.ALWAYS else decode_policy.WORTHWHILE_ROWS
-    if (
-        mode is DecodeMode.NEVER
-        or (mode is DecodeMode.AUTO and model_runner.device != "cuda")
-        or most < least
-    ):
+    if mode is DecodeMode.NEVER or (mode is DecodeMode.AUTO and model_runner.device != "cuda"):
         return None
     if tokenweave.current() is not None:
         if mode is DecodeMode.ALWAYS:
@@ -117,7 +111,9 @@ def canonical_decode_for(model_runner: ModelRunner, config: Llm42Config) -> Cano
         )
         return None
     attention = decode_attention_factory(model_runner, config.window_size)
-    return CanonicalDecode(_passes(model_runner, sizes, full, attention), DecodePolicy(least))
+    return CanonicalDecode(
+        _passes(model_runner, sizes, full, attention), DecodePolicy(mode is DecodeMode.ALWAYS)
+    )
 
 
 def _all_have_room(model_runner: ModelRunner, sizes: Sequence[int]) -> bool:

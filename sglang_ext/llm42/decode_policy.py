@@ -20,13 +20,31 @@ GPU_SIZES = (64, 128, 192, 256, 320, 384, 512)
 #: rows is tried, too.
 CPU_SIZES = (4, 8, 16, 32, 64, 128, 256)
 
-#: Rows that have to be decided in a step for it to be worthwhile. By the times of its kernels a step of
-#: Llama-3.1-8B takes an H200 about 1.6 ms more than SGLang's, with 100 requests as with 250. To verify a
-#: token takes 25 microseconds, and a tenth of the tokens is decoded twice.
-WORTHWHILE_ROWS = 64
+#: What a canonical step costs beyond SGLang's own, and what it saves, by measurements of Llama-3.1-8B on an
+#: H200 (docs/gpu.md). The unit is the time that verifying a token takes, there 25 microseconds; like a step's
+#: time it grows with the model. Padded products and rearranged query heads cost about a millisecond,
+STEP_COST = 40.0
 
-#: Of these, so many are enough to stay: candidates drafted meanwhile would have to be verified first.
+#: and attention without split-KV for each position of the batch.
+POSITION_COST = 0.00055
+
+#: Where tokens are verified, so many are decoded twice,
+REDECODED = 0.09
+
+#: each of them for its row's share of a step, which takes so long, and so much longer for each row.
+STEP_TIME, ROW_TIME = 256.0, 1.0
+
+#: Once steps are canonical they stay so for a smaller saving: candidates drafted meanwhile would have to be
+#: verified first.
 STAYING_SHARE = 3 / 4
+
+
+def saving(rows: int, decidable: int) -> float:
+    """Time that a canonical step of ``rows`` rows saves, if it decides ``decidable`` of them.
+
+    What else it costs: :data:`STEP_COST`, and :data:`POSITION_COST` for each position.
+    """
+    return decidable * (1 + REDECODED * (STEP_TIME / rows + ROW_TIME))
 
 
 #: A request's keys are read by one thread block for each key head, so that one long request among short ones
@@ -59,16 +77,16 @@ class DecodePolicy:
     """Chooses the shape of one decode step after the other.
 
     Args:
-        least: rows that a step has to decide to be canonical, see :data:`WORTHWHILE_ROWS`; at least 1.
+        always: whether every step that decides a row is canonical, rather than where it saves time.
 
     Attributes:
         sizes: rows that a canonical step may have, ascending; none until the certification has found some
             that give a canonical pass's bits.
     """
 
-    def __init__(self, least: int) -> None:
+    def __init__(self, always: bool = False) -> None:
         self.sizes: tuple[int, ...] = ()
-        self._least = least
+        self._always = always
         self._canonical = False
 
     def allow(self, sizes: Iterable[int]) -> None:
@@ -88,7 +106,12 @@ class DecodePolicy:
             The smallest allowed size that holds ``rows``, or None for SGLang's own step.
         """
         size = next((size for size in self.sizes if size >= rows), None)
-        least = self._least * STAYING_SHARE if self._canonical else self._least
-        slow = self._least > 1 and longest > max(SHORT, total * LONGEST_SHARE)
-        self._canonical = size is not None and decidable > 0 and decidable >= least and not slow
+        worthwhile = decidable > 0 and (self._always or self._saves(rows, decidable, longest, total))
+        self._canonical = size is not None and worthwhile
         return size if self._canonical else None
+
+    def _saves(self, rows: int, decidable: int, longest: int, total: int) -> bool:
+        if longest > max(SHORT, total * LONGEST_SHARE):
+            return False
+        cost = STEP_COST + POSITION_COST * total
+        return saving(rows, decidable) >= (cost * STAYING_SHARE if self._canonical else cost)

@@ -38,8 +38,8 @@ def watch_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: Requests queue and are retracted with 3,000 slots; with flags, passes run in front of decode. With "auto"
-#: crowds go from verification to canonical decode and back: AUTO_ROWS to decide are enough for them.
-AUTO_ROWS = 12
+#: crowds go from verification to canonical decode and back: STEP_COST is low enough for them.
+STEP_COST = 20
 VERIFIED = {"llm42_canonical_decode": "never"}
 ENGINES: dict[str, dict[str, Any]] = {
     "beside": {"max_total_tokens": 40000, **VERIFIED},
@@ -56,7 +56,7 @@ def engine(request: pytest.FixtureRequest, model: Path, watch_file: Path) -> Ite
 
     environment = {
         "SYNC_WATCH_FILE": str(watch_file),
-        "SYNC_WATCH_AUTO_ROWS": str(AUTO_ROWS),
+        "SYNC_WATCH_STEP_COST": str(STEP_COST),
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
         "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1" if "little-kv" in request.param else "0",
     }

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sglang_ext.llm42 import canonical_decode, decode_policy
+from sglang_ext.llm42 import canonical_decode
 from sglang_ext.llm42.canonical_decode import CanonicalDecode, canonical_decode_for
 from sglang_ext.llm42.canonical_pass import CanonicalPass
 from sglang_ext.llm42.config import Llm42Config
@@ -30,8 +30,8 @@ class FakePass:
         return self.segments, batch, list(positions)
 
 
-def decode(*sizes: int, least: int = 1) -> CanonicalDecode:
-    made = CanonicalDecode([cast("Any", FakePass(size)) for size in sizes], DecodePolicy(least))
+def decode(*sizes: int, always: bool = True) -> CanonicalDecode:
+    made = CanonicalDecode([cast("Any", FakePass(size)) for size in sizes], DecodePolicy(always))
     made.allow(sizes)
     return made
 
@@ -53,10 +53,10 @@ def row(kind: str, **req: Any) -> _Row:
     return _Row.of(cast("Any", SimpleNamespace(**fields, llm42=state)))
 
 
-def runtime(*sizes: int, least: int = 1) -> Any:
+def runtime(*sizes: int, always: bool = True) -> Any:
     """As much of a runtime as looks at rows."""
     made = object.__new__(Runtime)
-    made.canonical_decode = decode(*sizes, least=least)
+    made.canonical_decode = decode(*sizes, always=always)
     made._capacity = 8
     return made
 
@@ -66,9 +66,14 @@ KINDS = ("unmarked", "settled", "drafted", "prompt", "penalised")
 
 def test_rows_that_a_step_could_decide_are_counted() -> None:
     rows = [row(kind) for kind in KINDS]
+    counted: list[tuple[int, int, int, int]] = []
+    made = runtime(8)
+    choose = made.canonical_decode.policy.choose
+    made.canonical_decode.policy.choose = lambda *counts: counted.append(counts) or choose(*counts)
+    assert made._choose_size(rows) == 8
     # The settled one, and the one whose candidates would be verified first.
-    assert runtime(8, least=2)._choose_size(rows) == 8
-    assert runtime(8, least=3)._choose_size(rows) is None
+    assert counted == [(5, 2, 30, 30 + 4 * 4)]
+    assert runtime(8, always=False)._choose_size(rows) is None
     finished = row("settled")
     finished.req.finished = lambda: True  # type: ignore[method-assign]
     assert runtime(8)._choose_size([_Row.of(finished.req), row("unmarked")]) is None
@@ -167,7 +172,7 @@ def test_a_step_runs_in_the_shape_that_was_chosen() -> None:
     ("device", "mode", "most", "there"),
     [
         ("cuda", DecodeMode.AUTO, 64, True),
-        ("cuda", DecodeMode.AUTO, 63, False),
+        ("cuda", DecodeMode.AUTO, 8, True),
         ("cuda", DecodeMode.ALWAYS, 2, True),
         ("cuda", DecodeMode.NEVER, 500, False),
         ("cpu", DecodeMode.AUTO, 500, False),
@@ -188,9 +193,7 @@ def test_which_servers_have_such_steps(
     if made is not None:
         assert max(made.passes) >= most
         made.allow(made.passes)
-        least = 1 if mode is DecodeMode.ALWAYS else decode_policy.WORTHWHILE_ROWS
-        assert made.policy.choose(most, least) is not None
-        assert least == 1 or made.policy.choose(most, least // 2) is None
+        assert (made.policy.choose(most, 1) is not None) == (mode is DecodeMode.ALWAYS)
 
 
 @pytest.mark.parametrize(("free_gib", "there"), [(5.0, True), (1.2, False)])

@@ -2,7 +2,7 @@
 
 Loaded where this folder is on ``PYTHONPATH``. torch's sync debug mode is on while our code runs, off while
 SGLang's own does. The file named by ``SYNC_WATCH_FILE`` holds the totals as JSON, written anew every few
-steps. ``SYNC_WATCH_AUTO_ROWS`` says how many rows make a canonical decode step worthwhile.
+steps. ``SYNC_WATCH_STEP_COST`` is what a canonical decode step costs, in verified tokens.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def register() -> None:
     """Watch our parts of a step."""
     from sglang_ext.llm42 import allocation, decode_policy, drafting, runtime, verification
 
-    decode_policy.WORTHWHILE_ROWS = int(os.environ["SYNC_WATCH_AUTO_ROWS"])
+    decode_policy.STEP_COST = float(os.environ["SYNC_WATCH_STEP_COST"])
     engine, passes = runtime.Runtime, verification.Verification
     apply, run_step = passes._apply, engine.run_step
 
