@@ -134,6 +134,9 @@ class Contender:
 
 
 STOCK = Contender("stock", "stock")
+
+#: The system whose canonical passes have a quarter of --group, and one size.
+SMALL = "small"
 CONTENDERS = {
     c.name: c
     for c in (
@@ -152,9 +155,9 @@ CONTENDERS = {
         Contender("verified-10", "verified", 10),
         Contender("one-size-100", "one-size", 100),
         Contender("one-size-10", "one-size", 10),
-        Contender("small-100", "small", 100),
-        Contender("small-50", "small", 50),
-        Contender("small-10", "small", 10),
+        Contender("small-100", SMALL, 100),
+        Contender("small-50", SMALL, 50),
+        Contender("small-10", SMALL, 10),
     )
 }
 DEFAULT_CONTENDERS = "stock,ours-100,ours-50,ours-10,sglang-deterministic,ours-0"
@@ -347,7 +350,7 @@ def system_flags(system: str, arguments: argparse.Namespace) -> list[str]:
         "in-turn": ["--llm42-disable-overlap-verification"],
         "one-size": ["--llm42-disable-smaller-passes"],
         "verified": ["--llm42-canonical-decode", "never"],
-        "small": ["--llm42-verify-batch-size", str(arguments.group // 4), "--llm42-disable-smaller-passes"],
+        SMALL: ["--llm42-verify-batch-size", str(arguments.group // 4), "--llm42-disable-smaller-passes"],
     }.get(system, [])
     return ["--enable-llm42", *map(str, shape), *variant, *shlex.split(arguments.ours_flags)]
 
@@ -416,17 +419,19 @@ def cells(arguments: argparse.Namespace) -> Iterator[Cell]:
 def differences(results: Sequence[Result]) -> dict[str, tuple[int, int]]:
     """Comparisons and differences of outputs with those of the first cell that has the request alike.
 
-    Marked requests are compared with marked ones, and for scale those of stock with stock.
+    Marked requests are compared with marked ones of servers with the same canonical shape, to which output
+    belongs, and for scale those of stock with stock.
     """
     found = {"marked": [0, 0], "stock, not marked": [0, 0]}
-    first: dict[tuple[str, str, int], str] = {}
+    first: dict[tuple[str, bool, str, int], str] = {}
     for result in results:
+        small = CONTENDERS[result.cell.contender].system == SMALL
         kinds = [("marked", result.marked)]
         if result.cell.contender == STOCK.name:
             kinds.append(("stock, not marked", list(range(len(result.outputs)))))
         for kind, indices in kinds:
             for index in indices:
-                key = (kind, result.cell.shape, index)
+                key = (kind, small, result.cell.shape, index)
                 if key not in first:
                     first[key] = result.outputs[index]
                     continue

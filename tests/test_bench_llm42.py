@@ -88,6 +88,9 @@ def test_every_marked_output_is_compared() -> None:
         _result("1k-1k", "ours-100", 0, 1.0, other),
     ]
     assert bench.differences(apart)["marked"] == (0, 0)
+    # Nor do servers with another canonical shape give the same output.
+    other_shape = [_result("1k-256", "small-100", number, 1.0, other) for number in range(2)]
+    assert bench.differences([alike[0], *other_shape])["marked"] == (100, 0)
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
