@@ -1,9 +1,9 @@
 """Canonical passes of LLM-42 as two equal halves.
 
-A canonical pass has one shape for ever, and every operator must give a row the same bits wherever it stands.
-Hence the cut depends on the shape alone, never on a threshold or a measurement: half of the segments, on a
-segment boundary. Both halves have the same shape, so the same kernels compute them, and the fused step sums
-over ranks in one order for all rows. Segments stand in ascending position, so the first half writes a layer's
+A canonical pass has one shape for ever, and every operator must give a row the same bits wherever it
+stands. Hence the cut depends on the shape alone, never on a threshold or a measurement: half of the blocks.
+Both halves have the same shape, so the same kernels compute them, and the fused step sums over ranks in one
+order for all rows. The blocks of a request stand in ascending position, so the first half writes a layer's
 keys and values before the second half attends.
 """
 
@@ -19,10 +19,11 @@ import torch
 from sglang_ext.tokenweave.batch import BatchCutError
 from sglang_ext.tokenweave.split import equal_cut
 
-#: Fields of a ``ForwardBatch`` with an entry for each row of a pass, and for each of its segments.
+#: Fields of a ``ForwardBatch`` with an entry for each row of a pass, and for each of its blocks.
 ROW_FIELDS = ("input_ids", "positions", "out_cache_loc")
-SEGMENT_FIELDS = (
+BLOCK_FIELDS = (
     "req_pool_indices",
+    "rids",
     "seq_lens",
     "seq_lens_cpu",
     "orig_seq_lens",
@@ -40,22 +41,22 @@ class HalvedAttention:
     the pass is to be cut; each half then finds its own backend there.
 
     Args:
-        make: makes the backend of a pass with as many segments as it is given.
-        segments: segments of the whole pass.
-        rows: rows of a segment.
+        make: makes the backend of a pass with as many blocks as it is given.
+        blocks: blocks of the whole pass.
+        rows: rows of a block.
 
     Attributes:
         cut: rows of the first half.
         backends: one per half.
 
     Raises:
-        ValueError: there are no two halves of whole segments.
+        ValueError: there are no two halves of whole blocks.
     """
 
-    def __init__(self, make: Callable[[int], Any], segments: int, rows: int) -> None:
-        self.cut = equal_cut(segments * rows, rows)
-        self.backends = (make(segments // 2), make(segments // 2))
-        self._segments = segments
+    def __init__(self, make: Callable[[int], Any], blocks: int, rows: int) -> None:
+        self.cut = equal_cut(blocks * rows, rows)
+        self.backends = (make(blocks // 2), make(blocks // 2))
+        self._blocks = blocks
 
     @property
     def token_to_kv_pool(self) -> Any:
@@ -82,25 +83,25 @@ class HalvedAttention:
             BatchCutError: the batch is no such pass, or has a tensor of which it is not known how to cut it.
         """
         rows = len(forward_batch.input_ids)
-        if forward_batch.batch_size != self._segments or rows != 2 * self.cut:
+        if forward_batch.batch_size != self._blocks or rows != 2 * self.cut:
             raise BatchCutError(
-                f"a pass of {self._segments} segments and {2 * self.cut} rows is cut, not one of "
+                f"a pass of {self._blocks} blocks and {2 * self.cut} rows is cut, not one of "
                 f"{forward_batch.batch_size} and {rows}"
             )
-        middle = self._segments // 2
+        middle = self._blocks // 2
         return (
             _piece(forward_batch, slice(0, self.cut), slice(0, middle)),
-            _piece(forward_batch, slice(self.cut, rows), slice(middle, self._segments)),
+            _piece(forward_batch, slice(self.cut, rows), slice(middle, self._blocks)),
         )
 
 
-def _piece(batch: Any, rows: slice, segments: slice) -> Any:
+def _piece(batch: Any, rows: slice, blocks: slice) -> Any:
     piece = copy.copy(batch)
     count = rows.stop - rows.start
-    for names, part in ((ROW_FIELDS, rows), (SEGMENT_FIELDS, segments)):
+    for names, part in ((ROW_FIELDS, rows), (BLOCK_FIELDS, blocks)):
         for name in names:
             setattr(piece, name, getattr(batch, name)[part])
-    piece.batch_size = segments.stop - segments.start
+    piece.batch_size = blocks.stop - blocks.start
     piece.extend_num_tokens = piece.num_token_non_padded_cpu = count
     piece.seq_lens_sum = int(piece.seq_lens_cpu.sum())
     _check_nothing_is_left(batch)
@@ -108,7 +109,7 @@ def _piece(batch: Any, rows: slice, segments: slice) -> Any:
 
 
 def _check_nothing_is_left(batch: Any) -> None:
-    known = {*ROW_FIELDS, *SEGMENT_FIELDS}
+    known = {*ROW_FIELDS, *BLOCK_FIELDS}
     left = [field.name for field in dataclasses.fields(batch) if field.name not in known]
     if unknown := [name for name in left if isinstance(getattr(batch, name), torch.Tensor)]:
         raise BatchCutError(f"it is not known how to cut {', '.join(unknown)} of a canonical pass")

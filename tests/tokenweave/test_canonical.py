@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sglang_ext.tokenweave.batch import BatchCutError
-from sglang_ext.tokenweave.canonical import ROW_FIELDS, SEGMENT_FIELDS, HalvedAttention
+from sglang_ext.tokenweave.canonical import BLOCK_FIELDS, ROW_FIELDS, HalvedAttention
 from sglang_ext.tokenweave.paths import Path
 from sglang_ext.tokenweave.runtime import Runtime
 
@@ -27,6 +27,7 @@ class Batch:
     positions: torch.Tensor = field(default_factory=lambda: torch.arange(SEGMENTS * ROWS) + 100)
     out_cache_loc: torch.Tensor = field(default_factory=lambda: torch.arange(SEGMENTS * ROWS) + 200)
     req_pool_indices: torch.Tensor = field(default_factory=lambda: torch.arange(SEGMENTS))
+    rids: list[str] = field(default_factory=lambda: [str(number) for number in range(SEGMENTS)])
     seq_lens: torch.Tensor = field(default_factory=lambda: torch.arange(SEGMENTS) + 3)
     seq_lens_cpu: torch.Tensor = field(default_factory=lambda: torch.arange(SEGMENTS) + 3)
     orig_seq_lens: torch.Tensor = field(default_factory=lambda: torch.arange(SEGMENTS) + 3)
@@ -55,7 +56,7 @@ def halved() -> HalvedAttention:
     return HalvedAttention(Backend, SEGMENTS, ROWS)
 
 
-def test_each_half_has_half_of_the_segments_in_order() -> None:
+def test_each_half_has_half_of_the_blocks_in_order() -> None:
     attention, batch = halved(), Batch()
     assert attention.cut == 6 and [backend.segments for backend in attention.backends] == [2, 2]
     attention.init_forward_metadata(batch)
@@ -70,6 +71,7 @@ def test_each_half_has_half_of_the_segments_in_order() -> None:
     ]
     assert second.positions.tolist() == [106, 107, 108, 109, 110, 111]
     assert first.extend_prefix_lens_cpu == [0, 1] and second.extend_prefix_lens_cpu == [2, 3]
+    assert first.rids == ["0", "1"] and second.rids == ["2", "3"]
     for half, total in ((first, 7), (second, 11)):
         assert (half.batch_size, half.extend_num_tokens, half.num_token_non_padded_cpu) == (2, 6, 6)
         assert half.seq_lens_sum == total
@@ -79,7 +81,7 @@ def test_each_half_has_half_of_the_segments_in_order() -> None:
 def test_halves_are_views_so_that_a_graph_reads_what_is_copied_in() -> None:
     batch = Batch()
     first, second = halved().cut_batch(batch)
-    for name in (*ROW_FIELDS, *SEGMENT_FIELDS):
+    for name in (*ROW_FIELDS, *BLOCK_FIELDS):
         whole = getattr(batch, name)
         if isinstance(whole, torch.Tensor):
             whole += 1000
