@@ -254,7 +254,8 @@ class LanePolicy:
        more in passes than it saves in decoding.)
     5. Passes follow each other without a decode step, as SGLang's own prefill batches do, while prompts fill
        another whole one, which would hide nothing beside decode, up to ``HELD_ROWS`` rows in a row; and while
-       more requests wait for their prompt than could decode, up to ``max_wait_steps`` passes.
+       more requests wait for their prompt than could decode, up to ``max_wait_steps`` passes. The last of
+       them runs beside decode.
 
     Attributes:
         sizes: numbers of blocks that a pass may have, ascending up to the largest pass; further ones may be
@@ -286,7 +287,7 @@ class LanePolicy:
         most = 0
         if blocks >= self.config.blocks:
             most = self._most_held
-        elif waiting > decoding:
+        elif blocks and waiting > decoding:
             most = self.config.max_wait_steps
         hold = decoding > 0 and self._held < most
         self._held = self._held + 1 if hold else 0

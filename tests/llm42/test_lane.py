@@ -291,6 +291,9 @@ def test_passes_follow_each_other_while_most_requests_wait_for_their_prompt() ->
     held = [policy.decide_hold([*waiting, decoding(1)]) for _ in range(6)]
     assert held == [True, True, False, True, True, False]
     assert not policy.decide_hold([*waiting, decoding(1), decoding(1)])
+    for prompt in waiting:
+        prompt.prompt_planned(8)
+    assert not policy.decide_hold([*waiting, decoding(1)]), "no pass would be launched"
 
 
 def test_stream_is_due_at_half_a_window() -> None:
