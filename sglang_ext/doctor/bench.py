@@ -63,7 +63,7 @@ def space_of(canonical_pass: AnyCanonicalPass, quick: bool) -> tuple[Space, list
             f"{concurrent} of {segments} segments were used by different requests: "
             "--max-running-requests allows no more"
         )
-    return Space(segments, rows, concurrent, length), notes
+    return Space(segments, rows, concurrent, length, canonical_pass.block_rows), notes
 
 
 def group_of(canonical_pass: AnyCanonicalPass) -> GroupCoordinator | None:

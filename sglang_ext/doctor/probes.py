@@ -97,16 +97,20 @@ class Space:
         rows: rows of a segment (W).
         concurrent: requests that a pass may hold, 1..G.
         length: positions of the probe.
+        block_rows: rows of a block, of which a segment takes whole ones; W by default.
     """
 
     segments: int
     rows: int
     concurrent: int
     length: int
+    block_rows: int = 0
 
     def __post_init__(self) -> None:
         if min(self.segments, self.rows, self.concurrent, self.length) < 1:
             raise ValueError(f"nothing can be laid out in {self}")
+        if self.block_rows == 0:
+            object.__setattr__(self, "block_rows", self.rows)
 
     def rows_from(self, start: int) -> int:
         """Rows of a segment that starts at ``start`` and does not leave the probe."""
@@ -143,7 +147,10 @@ def reference(space: Space) -> Trial:
 
 
 def quick_trials(space: Space) -> Iterator[Trial]:
-    """Two passes that between them vary everything once; see :func:`full_trials`."""
+    """A few passes that between them vary everything once; see :func:`full_trials`."""
+    if space.block_rows < space.rows:
+        yield _short_segments(space)
+        yield _joined_windows(space, _starts(space)[-1] // 3)
     yield _recut(space, "segments recut", shift=1)
     yield _recut(space, "neighbours changed", shift=space.rows // 2 + 1, strangers=True)
 
@@ -154,6 +161,10 @@ def full_trials(space: Space) -> Iterator[Trial]:
     for start in starts:
         requests = (ProbeRequest(PROBE, start),) * space.concurrent
         yield Trial("every segment index", requests, (_placements(space, requests),))
+    if space.block_rows < space.rows:
+        yield _short_segments(space)
+        for start in starts:
+            yield _joined_windows(space, start)
     for position in sorted({space.rows_from(0) - 1, *(s for s in starts if s >= space.rows)}):
         yield from _every_row(space, position)
     for variant in range(3):
@@ -203,10 +214,9 @@ def _placements(space: Space, requests: tuple[ProbeRequest, ...], from_table: bo
     )
 
 
-def _cut(space: Space, lengths: list[int]) -> Iterator[Pass]:
-    """The whole probe as request 0, in segments of ``lengths`` in turn."""
+def _cut(space: Space, lengths: list[int], start: int = 0) -> Iterator[Pass]:
+    """The probe from ``start`` on as request 0, in segments of ``lengths`` in turn."""
     segments: list[Placement] = []
-    start = 0
     while start < space.length:
         rows = min(lengths[len(segments) % len(lengths)], space.length - start)
         segments.append(Placement(0, start, rows))
@@ -233,6 +243,28 @@ def _recut(space: Space, name: str, shift: int, strangers: bool = False, phase: 
         placements.append(Placement(number, start, max(1, space.rows_from(start) - number % 3)))
     garbage = Garbage.FINITE if strangers else Garbage.NONE
     return Trial(name, tuple(requests), (tuple(placements),), garbage)
+
+
+def _short_segments(space: Space) -> Trial:
+    """Segments that leave a part of their block free, so that a pass holds as many as it has blocks."""
+    each = max(1, min(space.rows, space.segments * space.rows // space.concurrent) // space.block_rows)
+    requests: list[ProbeRequest] = []
+    placements: list[Placement] = []
+    for number in range(space.concurrent):
+        start = number * space.length // space.concurrent
+        requests.append(ProbeRequest(PROBE, start))
+        for block in range(each):
+            rows = min(1 + (number + 3 * block) % max(1, space.block_rows - 1), space.length - start)
+            if rows:
+                placements.append(Placement(number, start, rows))
+                start += rows
+    return Trial("a segment in each block", tuple(requests), (tuple(placements),))
+
+
+def _joined_windows(space: Space, start: int) -> Trial:
+    """The probe from ``start`` on in windows that follow each other, as a prompt behind a cached prefix."""
+    request = ProbeRequest(PROBE, start)
+    return Trial("windows in a row", (request,), tuple(_cut(space, [space.rows], start)))
 
 
 def _every_row(space: Space, position: int) -> Iterator[Trial]:

@@ -19,9 +19,11 @@ GPU_BLOCK_ROWS = 8
 def block_rows(device: str, window_size: int) -> int:
     """Rows of the blocks that segments of a canonical pass take, a divisor of ``window_size``.
 
-    On a CPU attention reads the whole prefix anew for every block, so there a block is a window.
+    On a CPU attention reads the whole prefix anew for every block, so there a block is a window; so it is
+    where an odd window would leave blocks of single rows.
     """
-    return math.gcd(window_size, GPU_BLOCK_ROWS) if device == "cuda" else window_size
+    rows = math.gcd(window_size, GPU_BLOCK_ROWS) if device == "cuda" else 1
+    return rows if rows > 1 else window_size
 
 
 def canonical_attention_factory(model_runner: ModelRunner) -> AttentionFactory:

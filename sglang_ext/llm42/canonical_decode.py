@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_ext.doctor.fingerprint import of_all_ranks
+from sglang_ext.llm42 import decode_policy
 from sglang_ext.llm42.attention import decode_attention_factory
 from sglang_ext.llm42.canonical_graph import GIB, CapturedCanonicalPass
 from sglang_ext.llm42.canonical_pass import CanonicalPass
@@ -94,7 +95,8 @@ def canonical_decode_for(model_runner: ModelRunner, config: Llm42Config) -> Cano
     """
     mode = config.canonical_decode
     most = model_runner.max_running_requests
-    if mode is DecodeMode.NEVER or (mode is DecodeMode.AUTO and model_runner.device != "cuda"):
+    never_pays = model_runner.device != "cuda" or decode_policy.saving(most, most) < decode_policy.STEP_COST
+    if mode is DecodeMode.NEVER or (mode is DecodeMode.AUTO and never_pays):
         return None
     if tokenweave.current() is not None:
         if mode is DecodeMode.ALWAYS:

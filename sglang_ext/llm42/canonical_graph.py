@@ -98,7 +98,9 @@ class CapturedCanonicalPass:
         if larger is not None:
             stream = larger.stream
         self.stream: torch.cuda.Stream = own_stream(self.model_runner) if stream is None else stream
-        self._logits: torch.Tensor | None = self._logits_memory() if larger is None else larger._logits
+        self._logits: torch.Tensor | None = None
+        if eager.cut is None:
+            self._logits = self._logits_memory() if larger is None else larger._logits
         self._all: Replay = self._capture(None if larger is None else larger._all.graph.pool())
         self._few = self._capture(self._all.graph.pool(), self._chosen) if self.few_rows else None
 
@@ -134,13 +136,8 @@ class CapturedCanonicalPass:
         self._all.graph.replay()
         return self._all.logits[: len(positions)]
 
-    def _logits_memory(self) -> torch.Tensor | None:
-        """Memory that SGLang copies logits to, ``[rows, vocabulary]``; None where a pass is cut in halves.
-
-        A graph's own would stay allocated for each size.
-        """
-        if self.eager.cut is not None:
-            return None
+    def _logits_memory(self) -> torch.Tensor:
+        """Memory that SGLang copies logits to, ``[rows, vocabulary]``; that of a graph would stay taken."""
         shape = (self.total_rows, int(self.model_runner.model_config.vocab_size))
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 

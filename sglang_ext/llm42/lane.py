@@ -234,6 +234,9 @@ class Segment(NamedTuple):
 #: (``--chunked-prefill-size`` on most GPUs).
 HELD_ROWS = 8192
 
+#: A pass of fewer rows takes hardly less time than a decode step, so many of them would hold decode for long.
+LEAST_HELD_PASS, HELD_PASSES = 256, 16
+
 
 class LanePolicy:
     """Decides when a canonical pass runs and what it carries.
@@ -269,7 +272,10 @@ class LanePolicy:
         self._prompts_round_up = True
         # Decode steps that were left out in a row.
         self._held = 0
-        self._most_held = max(config.max_wait_steps, HELD_ROWS // (config.blocks * config.block_rows))
+        rows = config.blocks * config.block_rows
+        self._most_held = config.max_wait_steps
+        if rows >= LEAST_HELD_PASS:
+            self._most_held = max(config.max_wait_steps, min(HELD_PASSES, HELD_ROWS // rows))
         # A stream that waits for whole windows comes in bursts; shorter windows would cost more passes.
         self._stream_window = max(1, config.window_size // 2)
 

@@ -68,6 +68,8 @@ class PassSizes:
     def allow(self, sizes: Iterable[int]) -> None:
         """Let smaller passes of these ``sizes`` run, and no others: they give the full pass's bits.
 
+        Logits of few rows have to be allowed anew.
+
         Raises:
             ValueError: there is no such pass.
         """
@@ -75,6 +77,7 @@ class PassSizes:
         if unknown := allowed - self.smaller.keys():
             raise ValueError(f"no canonical pass of {sorted(unknown)} segments, only of {list(self.smaller)}")
         self.sizes = (*sorted(allowed), self.full.segments)
+        self.few = frozenset()
 
     def allow_few(self, sizes: Iterable[int]) -> None:
         """Let passes of these ``sizes``, and no others, compute the logits of few rows alone: the same bits.

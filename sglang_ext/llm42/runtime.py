@@ -95,6 +95,7 @@ class Runtime:
         self.verification = Verification(passes, self._policy, stream, table, self.statistics)
         self.drafting = Drafting(table, model_runner.device, model_runner.dtype)
         self.canonical_decode = canonical_decode_for(model_runner, config)
+        self._forward_stream: Any = model_runner.forward_stream if model_runner.device == "cuda" else None
         self._canonical_step: DecodeStep | None = None
         self._slot_guard = SlotGuard(model_runner.token_to_kv_pool_allocator)
         self._sharing = PrefixSharing(model_runner.token_to_kv_pool)
@@ -212,6 +213,10 @@ class Runtime:
         for lane in unsettled:
             lane.urgent = True
         if unsettled:
+            if self._forward_stream is not None:
+                # The decode step before, which wrote the candidates, may still run, on another stream than
+                # the one on which SGLang prepares this step.
+                torch.cuda.current_stream().wait_stream(self._forward_stream)
             self.verification.launch(self._requests, self._step_number, can_decode=True)
 
     def _any_decodes(self, step: DecodeStep, rows: Sequence[_Row]) -> bool:

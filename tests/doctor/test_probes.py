@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,14 +14,22 @@ from sglang_ext.doctor import probes
 from sglang_ext.doctor.digest import combine, row_digests
 from sglang_ext.doctor.fingerprint import RankMismatch, agree, of_all_ranks
 from sglang_ext.doctor.probes import PROBE, Space, Trial
+from sglang_ext.llm42.canonical_pass import first_rows
 
-spaces = st.builds(
-    lambda segments, rows, concurrent, length: Space(segments, rows, min(segments, concurrent), length),
-    st.integers(1, 9),
-    st.integers(1, 40),
-    st.integers(1, 9),
-    st.integers(1, 300),
-)
+
+@st.composite
+def some_spaces(draw: st.DrawFn) -> Space:
+    segments, rows = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    return Space(
+        segments,
+        rows,
+        draw(st.integers(1, segments)),
+        draw(st.integers(1, 300)),
+        draw(st.sampled_from([count for count in range(1, rows + 1) if rows % count == 0])),
+    )
+
+
+spaces = some_spaces()
 
 
 @settings(max_examples=60, deadline=None)
@@ -30,12 +39,33 @@ def test_trials_can_be_run(space: Space) -> None:
         assert trial.passes and len(trial.requests) <= space.concurrent
         computed = [request.shared for request in trial.requests]
         for placements in trial.passes:
-            assert 1 <= len(placements) <= space.segments
+            taken = first_rows((p.rows for p in placements), space.block_rows)[-1]
+            assert placements and taken <= space.segments * space.rows
             for p in placements:
                 assert 1 <= p.rows <= space.rows and p.start + p.rows <= space.length
                 assert p.start == computed[p.request], "a row's prefix must be there before it"
                 computed[p.request] = p.start + p.rows
         assert computed == [trial.end(number) for number in range(len(trial.requests))]
+
+
+@pytest.mark.parametrize("trials", [probes.quick_trials, probes.full_trials])
+def test_trials_fill_every_block_with_a_segment_and_join_windows_behind_a_prefix(
+    trials: Callable[[Space], Iterator[Trial]],
+) -> None:
+    """What a pass with blocks of few rows may hold: as many short segments as blocks, and long runs."""
+    space = Space(segments=8, rows=32, concurrent=8, length=256, block_rows=8)
+    most = longest = 0
+    for trial in trials(space):
+        for placements in trial.passes:
+            most = max(most, len(placements))
+            run = 0
+            for last, p in itertools.pairwise((None, *placements)):
+                follows = last is not None and last.request == p.request and last.rows % 8 == 0
+                run = run + p.rows if follows else p.rows
+                if trial.requests[p.request].shared % 8:
+                    longest = max(longest, run)
+    assert most == 32
+    assert longest > 4 * 32, "a run that begins within a block of the reference"
 
 
 def stood_at(trials: list[Trial], what: Callable[[int, probes.Placement, int], int]) -> set[int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from sglang_ext.llm42.attention import block_rows
 from sglang_ext.llm42.flashinfer_attention import sequences
 
 
@@ -44,3 +45,11 @@ def test_every_block_belongs_to_the_sequence_in_front_of_it() -> None:
             for more in range(1, count):
                 assert counts[block + more] == 0
                 assert (rids[block + more], starts[block + more]) == (rids[block], starts[block] + 8 * more)
+
+
+@pytest.mark.parametrize(
+    ("device", "window", "rows"),
+    [("cuda", 32, 8), ("cuda", 12, 4), ("cuda", 63, 63), ("cuda", 1, 1), ("cpu", 32, 32)],
+)
+def test_rows_of_a_block_divide_the_window(device: str, window: int, rows: int) -> None:
+    assert block_rows(device, window) == rows

@@ -132,7 +132,7 @@ class FakeVerification:
     ("size", "under_way", "launched"), [(8, None, ["drafted"]), (8, "a pass", []), (None, None, [])]
 )
 def test_candidates_of_rows_that_may_decide_are_verified_first(
-    size: int | None, under_way: object, launched: list[str]
+    monkeypatch: pytest.MonkeyPatch, size: int | None, under_way: object, launched: list[str]
 ) -> None:
     """A row that drafted beside the launch of its pass would never be settled."""
     made, rows = runtime(8), [row(kind) for kind in KINDS]
@@ -140,7 +140,15 @@ def test_candidates_of_rows_that_may_decide_are_verified_first(
     made._step_number = 1
     made.verification = FakeVerification(under_way)  # type: ignore[assignment]
     step = DecodeStep([each.req for each in rows], [0] * len(rows), [], [], size)
+    waited: list[object] = []
+    made._forward_stream = "forward stream"
+    preparing = SimpleNamespace(
+        wait_stream=lambda stream: waited.append((stream, made.verification.under_way))
+    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: preparing)
     made._settle(step, rows)
+    # SGLang prepares a step on another stream than that on which the one before may still run.
+    assert waited == [("forward stream", None)] * bool(launched)
     taken = made.verification.launched  # type: ignore[attr-defined]
     assert [kind for kind, each in zip(KINDS, rows, strict=True) if each.lane in taken] == launched
     for number, each in enumerate(rows):
@@ -172,7 +180,7 @@ def test_a_step_runs_in_the_shape_that_was_chosen() -> None:
     ("device", "mode", "most", "there"),
     [
         ("cuda", DecodeMode.AUTO, 64, True),
-        ("cuda", DecodeMode.AUTO, 8, True),
+        ("cuda", DecodeMode.AUTO, 8, False),
         ("cuda", DecodeMode.ALWAYS, 2, True),
         ("cuda", DecodeMode.NEVER, 500, False),
         ("cpu", DecodeMode.AUTO, 500, False),

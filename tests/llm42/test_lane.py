@@ -284,6 +284,17 @@ def test_prompts_that_fill_whole_passes_are_computed_without_decode_steps() -> N
     assert not policy.decide_hold(crowd), "what is left fills no pass"
 
 
+@pytest.mark.parametrize(
+    ("window", "group", "most"), [(64, 8, 16), (32, 32, 8), (16, 16, 16), (8, 4, 1), (1, 1, 1)]
+)
+def test_decode_waits_for_a_bounded_number_of_passes(window: int, group: int, most: int) -> None:
+    policy = LanePolicy(LaneConfig(window, group, max_wait_steps=1))
+    prompt = LaneRequest(known_end=100_000, max_end=200_000, canonical_end=0)
+    crowd = [prompt, *(decoding(1) for _ in range(20))]
+    held = [policy.decide_hold(crowd) for _ in range(most + 1)]
+    assert held == [True] * most + [False]
+
+
 def test_passes_follow_each_other_while_most_requests_wait_for_their_prompt() -> None:
     policy = LanePolicy(LaneConfig(window_size=8, verify_batch_size=4, max_wait_steps=2))
     waiting = [LaneRequest(known_end=8, max_end=90, canonical_end=0) for _ in range(2)]

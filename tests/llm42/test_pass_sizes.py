@@ -92,6 +92,8 @@ def test_few_rows_are_computed_alone_where_that_is_allowed(passes: PassSizes) ->
     assert logits(passes, 16, []) == []
     with pytest.raises(ValueError, match=r"no canonical pass of \[3\] segments has logits of few rows"):
         passes.allow_few([3])
+    passes.allow([2])
+    assert passes.few == frozenset(), "as after an update of the weights"
 
 
 def test_what_does_not_exist_cannot_be_allowed(passes: PassSizes) -> None:
