@@ -198,18 +198,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 HEADER = (
-    *(
-        "decode_priority",
-        "sms",
-        "W",
-        "G",
-        "batch",
-        "pass_ms",
-        "pass_eager_ms",
-        "prompt_pass_ms",
-        "pass_host_ms",
-        "step_ms",
-    ),
+    *("decode_priority", "sms", "W", "G", "batch"),
+    *("pass_ms", "pass_eager_ms", "prompt_pass_ms", "pass_host_ms", "step_ms"),
     *("steps", "passes", "in_turn_ms", "perfect_ms", "beside_ms", "decode_ended_ms", "hidden"),
 )
 

@@ -15,8 +15,8 @@ from sglang_ext.doctor.fingerprint import of_all_ranks
 from sglang_ext.doctor.operators import Recorder
 from sglang_ext.doctor.probes import Pass, Space, Trial
 from sglang_ext.doctor.workspace import Workspace, room
-from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment, first_rows
-from sglang_ext.llm42.lane import SegmentKind
+from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment
+from sglang_ext.llm42.lane import SegmentKind, first_rows
 from sglang_ext.tokenweave.runtime import running_half
 
 if TYPE_CHECKING:

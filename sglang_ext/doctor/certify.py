@@ -185,9 +185,7 @@ def certify_few_rows(passes: PassSizes, quick: bool = False) -> tuple[SizeReport
     with borrow(passes.full.model_runner, full.concurrent, full.rows, full.length) as workspace:
         Bench(passes.full, full, workspace).run((), probes.reference(full))
         for each in able:
-            space = dataclasses.replace(
-                full, segments=each.segments, concurrent=min(each.segments, full.concurrent)
-            )
+            space = full.of_size(each.segments)
             trials = list(probes.quick_trials(space))[-1 if quick else 0 :]
             compared = Bench(each, space, workspace).few_row_differences(trials)
             reports.append(SizeReport(each.segments, *compared, few_rows=each.few_rows))
@@ -200,7 +198,7 @@ def _compare_size(
     """Run trials on a smaller pass, where the keys and values of the full one are; unless ``quick``, it
     computes the whole probe by itself first."""
     segments = canonical_pass.segments
-    space = dataclasses.replace(full, segments=segments, concurrent=min(segments, full.concurrent))
+    space = full.of_size(segments)
     bench = Bench(canonical_pass, space, workspace, comparison=copy.deepcopy(seen))
     bench.run(probes.quick_trials(space), None if quick else probes.reference(space))
     return _size_report(bench, segments)

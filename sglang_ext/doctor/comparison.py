@@ -10,7 +10,7 @@ import torch
 from sglang_ext.doctor.operators import ATTENTION, Event
 from sglang_ext.doctor.probes import Placement, Trial
 from sglang_ext.doctor.report import Difference, OperatorReport
-from sglang_ext.llm42.canonical_pass import first_rows
+from sglang_ext.llm42.lane import first_rows
 
 #: Name in the report of the pass as a whole: its logits.
 WHOLE_PASS = "canonical pass"

@@ -6,6 +6,7 @@ of a sequence must get the same bits in every trial and every pass, whatever sta
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -111,6 +112,10 @@ class Space:
             raise ValueError(f"nothing can be laid out in {self}")
         if self.block_rows == 0:
             object.__setattr__(self, "block_rows", self.rows)
+
+    def of_size(self, segments: int) -> Space:
+        """That of a pass of other ``segments``, and otherwise the same."""
+        return dataclasses.replace(self, segments=segments, concurrent=min(segments, self.concurrent))
 
     def rows_from(self, start: int) -> int:
         """Rows of a segment that starts at ``start`` and does not leave the probe."""

@@ -20,17 +20,16 @@ out by the certification.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from sglang_ext.llm42.canonical_scope import canonical_scope
 from sglang_ext.llm42.chosen_rows import ChosenRows
-from sglang_ext.llm42.lane import SegmentKind
+from sglang_ext.llm42.lane import SegmentKind, first_rows
 from sglang_ext.llm42.row_padding import RowPadding
 from sglang_ext.llm42.transfer import to_device
 from sglang_ext.tokenweave.canonical import HalvedAttention
@@ -73,16 +72,6 @@ class PassSegment:
     start: int
     token_ids: Sequence[int]
     rows: int
-
-
-def first_rows(rows: Iterable[int], block_rows: int) -> list[int]:
-    """First row in the pass of each segment, and behind them the first that is free.
-
-    Args:
-        rows: of each segment, in the order in which they stand in the pass.
-        block_rows: rows of a block.
-    """
-    return [0, *accumulate(-(-count // block_rows) * block_rows for count in rows)]
 
 
 class CandidateTable:

@@ -38,15 +38,6 @@ STEP_TIME, ROW_TIME = 256.0, 1.0
 #: verified first.
 STAYING_SHARE = 3 / 4
 
-
-def saving(rows: int, decidable: int) -> float:
-    """Time that a canonical step of ``rows`` rows saves, if it decides ``decidable`` of them.
-
-    What else it costs: :data:`STEP_COST`, and :data:`POSITION_COST` for each position.
-    """
-    return decidable * (1 + REDECODED * (STEP_TIME / rows + ROW_TIME))
-
-
 #: A request's keys are read by one thread block for each key head, so that one long request among short ones
 #: takes as long as all of them: positions up to which it does not matter, and beyond them the share of all.
 SHORT, LONGEST_SHARE = 4096, 1 / 16
@@ -71,6 +62,14 @@ def sizes_to_try(device: str, most: int, full: int) -> tuple[int, ...]:
         return GPU_SIZES[: bisect_left(GPU_SIZES, most) + 1]
     sizes = sorted({*CPU_SIZES, full})
     return tuple(sorted({*sizes[: bisect_left(sizes, most) + 1], full}))
+
+
+def saving(rows: int, decidable: int) -> float:
+    """Time that a canonical step of ``rows`` rows saves, if it decides ``decidable`` of them.
+
+    What else it costs: :data:`STEP_COST`, and :data:`POSITION_COST` for each position.
+    """
+    return decidable * (1 + REDECODED * (STEP_TIME / rows + ROW_TIME))
 
 
 class DecodePolicy:

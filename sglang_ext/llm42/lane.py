@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -26,6 +27,21 @@ class SegmentKind(StrEnum):
 
     PROMPT = "prompt"  # known tokens whose canonical KV is missing
     VERIFY = "verify"  # the last committed token and candidates behind it
+
+
+def blocks_of(rows: int, block_rows: int) -> int:
+    """Blocks of ``block_rows`` rows that a segment of ``rows`` rows takes."""
+    return -(-rows // block_rows)
+
+
+def first_rows(rows: Iterable[int], block_rows: int) -> list[int]:
+    """First row in the pass of each segment, and behind them the first that is free.
+
+    Args:
+        rows: of each segment, in the order in which they stand in the pass.
+        block_rows: rows of a block.
+    """
+    return [0, *accumulate(blocks_of(count, block_rows) * block_rows for count in rows)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class LaneConfig:
 
     def blocks_of(self, rows: int) -> int:
         """Blocks that a segment of ``rows`` rows takes."""
-        return -(-rows // self.block_rows)
+        return blocks_of(rows, self.block_rows)
 
     @property
     def patience(self) -> int:

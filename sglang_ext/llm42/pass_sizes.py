@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from sglang_ext.llm42.canonical_pass import first_rows
+from sglang_ext.llm42.lane import first_rows
 
 if TYPE_CHECKING:
     import torch

@@ -27,11 +27,13 @@ from sglang_ext.llm42.request import DeterministicRequest, Verdict
 from sglang_ext.llm42.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.utils import GenerationBatchResult
+
+    from sglang_ext.doctor.report import SizeReport
 
 logger = logging.getLogger(__name__)
 
@@ -120,24 +122,22 @@ def _certify(scheduler: Scheduler) -> None:
         certificate.seconds,
         certificate.fingerprint,
     )
-    started = time.perf_counter()
-    sizes = certify_sizes(passes, quick=True)
-    verification.allow_sizes(size.segments for size in sizes if size.passed)
-    if sizes:
-        seconds = time.perf_counter() - started
-        logger.info("Smaller passes (%.1f s): %s", seconds, "; ".join(map(str, sizes)))
-    started = time.perf_counter()
-    few = certify_few_rows(passes, quick=True)
-    passes.allow_few(size.segments for size in few if size.passed)
-    if few:
-        seconds = time.perf_counter() - started
-        logger.info("Logits of few rows (%.1f s): %s", seconds, "; ".join(map(str, few)))
+    _allow("Smaller passes", lambda: certify_sizes(passes, quick=True), verification.allow_sizes)
+    _allow("Logits of few rows", lambda: certify_few_rows(passes, quick=True), passes.allow_few)
     if (decode := runtime().canonical_decode) is not None:
-        started = time.perf_counter()
-        steps = certify_decode(passes.full, decode.passes.values(), quick=True)
-        decode.allow(step.segments for step in steps if step.passed)
-        seconds = time.perf_counter() - started
-        logger.info("Canonical decode steps (%.1f s): %s", seconds, "; ".join(map(str, steps)))
+        steps = decode.passes.values()
+        _allow("Canonical decode steps", lambda: certify_decode(passes.full, steps, quick=True), decode.allow)
+
+
+def _allow(
+    what: str, certify: Callable[[], Sequence[SizeReport]], allow: Callable[[Iterable[int]], None]
+) -> None:
+    """Let those sizes run that ``certify`` finds to have the full pass's bits, and say what it found."""
+    started = time.perf_counter()
+    reports = certify()
+    allow(report.segments for report in reports if report.passed)
+    if reports:
+        logger.info("%s (%.1f s): %s", what, time.perf_counter() - started, "; ".join(map(str, reports)))
 
 
 # Life of a request

@@ -11,8 +11,8 @@ import torch
 
 from sglang_ext.llm42 import logprobs, marked_rows, sampling
 from sglang_ext.llm42 import request as deterministic
-from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment, first_rows
-from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, leading_matches
+from sglang_ext.llm42.canonical_pass import CandidateTable, PassSegment
+from sglang_ext.llm42.lane import LanePolicy, LaneRequest, Segment, SegmentKind, first_rows, leading_matches
 from sglang_ext.llm42.pass_stream import PassStream, Results
 from sglang_ext.llm42.request import Verdict
 from sglang_ext.llm42.transfer import to_device

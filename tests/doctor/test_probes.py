@@ -14,7 +14,7 @@ from sglang_ext.doctor import probes
 from sglang_ext.doctor.digest import combine, row_digests
 from sglang_ext.doctor.fingerprint import RankMismatch, agree, of_all_ranks
 from sglang_ext.doctor.probes import PROBE, Space, Trial
-from sglang_ext.llm42.canonical_pass import first_rows
+from sglang_ext.llm42.lane import first_rows
 
 
 @st.composite

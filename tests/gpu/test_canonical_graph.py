@@ -49,7 +49,7 @@ def captured(passes: Any) -> Any:
 
 
 def _firsts(segments: list[Any]) -> list[int]:
-    from sglang_ext.llm42.canonical_pass import first_rows
+    from sglang_ext.llm42.lane import first_rows
 
     return first_rows((segment.rows for segment in segments), BLOCK_ROWS)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sglang_ext.llm42 import canonical_pass, drafting, logit_processing, marked_rows, sampling, verification
-from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment, first_rows
+from sglang_ext.llm42.canonical_pass import CandidateTable, CanonicalPass, PassSegment
 from sglang_ext.llm42.drafting import DecodeStep, Drafting
-from sglang_ext.llm42.lane import LaneRequest, SegmentKind
+from sglang_ext.llm42.lane import LaneRequest, SegmentKind, first_rows
 from sglang_ext.llm42.logit_processing import RequestRows
 from sglang_ext.llm42.request import DeterministicRequest
 from sglang_ext.llm42.sampling import RowParams, SamplingRows
